@@ -1,0 +1,50 @@
+"""Settings and configurations that several tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# One thread: results are then the same on every machine of a kind, and tests side by
+# side do not fight for cores. Before torch is imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from hpcl.config import Config
+
+TINY: dict[str, Any] = {
+    "data": {"subset": 0.1},
+    "augment": {"flip": 0.0, "gray": 0.0},
+    "model": {"width": 8, "dim": 16},
+    "head": {"hidden": 16},
+    "moco": {"queue": 128},
+    "optimizer": {"batch": 64},
+    "stages": {
+        "stage1": {"epochs": 1},
+        "stage2": {"epochs": 1},
+        "stage3": {"epochs": 3},
+        "stage4": {"epochs": 1},
+        "stage5": {"epochs": 2},
+    },
+    "clusters": {"levels": 2},
+    "growth": {"window": 1, "theta_start": 0.5, "theta_end": 0.5, "theta_proto": 0.5},
+    "meters": {"views": 32, "reference_clusters": 10},
+    "runtime": {"device": "cpu", "threads": 1},
+}
+"""All five stages on 400 real images, about a tenth of a second an epoch; grows by the window rule."""
+
+
+@pytest.fixture
+def tiny() -> Config:
+    return Config.model_validate(TINY)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """A folder with CIFAR-10 as Parquet (and other sets), named by HPCL_TEST_DATA; skips where there is none."""
+    folder = os.environ.get("HPCL_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("HPCL_TEST_DATA names no folder with real data sets")
+    return Path(folder)
