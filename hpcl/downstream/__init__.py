@@ -1,0 +1,1 @@
+"""What the learnt features are worth: checks on a frozen backbone that use labels."""

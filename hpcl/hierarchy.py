@@ -1,0 +1,117 @@
+"""The cluster levels of a run: how many, what each starts from, and their prototypes.
+
+METHOD 3: L consecutive counts of the sequence are in use at once; growth moves
+the window of counts by one, so every level keeps the assignment of the level
+that had its count, and only the finest is new: it is split from the old finest.
+
+Legend: N training images, D embedding, M clusters of a level, L levels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcl.config import Config
+from hpcl.dist import World
+from hpcl.growth import level_counts
+from hpcl.kmeans import bounded_kmeans, split_labels
+from hpcl.prototypes import Level, make_level
+from hpcl.rng import seed_of
+
+
+class Hierarchy:
+    """Levels in use, coarse to fine, and the assignments the next clustering starts from."""
+
+    def __init__(self, config: Config, num_images: int) -> None:
+        self._config = config
+        self._options = config.clusters
+        self.maximum = config.clusters.maximum or max(1, num_images // 10)
+        """Largest count of the finest level."""
+        self._position = 0
+        self._labels: list[Tensor] = []
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Clusters per level, coarse to fine; levels above `maximum` are left out (one always stays)."""
+        counts = self._counts_at(self._position)
+        return tuple(c for c in counts if c <= self.maximum) or (min(counts[0], self.maximum),)
+
+    @property
+    def next_finest(self) -> int:
+        """Count of the finest level after one more growth."""
+        return self._counts_at(self._position + 1)[-1]
+
+    def grow(self) -> None:
+        """Move the counts by one; every assignment goes to the level that has its count now."""
+        self._position += 1
+        self._labels = self._labels[1:] or self._labels
+
+    def cluster(self, features: Tensor, embeddings: Tensor, *, stage: int, epoch: int, world: World) -> list[Level]:
+        """Cluster the training images at every level.
+
+        Args:
+            features: (N, D) unit vectors of the space that is clustered.
+            embeddings: (N, D) unit vectors of the space prototypes live in.
+            stage, epoch: name the random stream.
+            world: rank 0 clusters, the others receive its assignment.
+
+        Returns:
+            One level per count, coarse to fine.
+        """
+        labels: list[Tensor] = []
+        for depth, count in enumerate(self.counts):
+            if world.rank == 0:
+                parent = labels[-1] if labels else None
+                assignment = self._assign(
+                    features, count, depth, parent, seed_of(self._config.seed, "cluster", stage, epoch, depth)
+                )
+            else:
+                assignment = torch.empty(len(features), dtype=torch.long, device=features.device)
+            labels.append(world.broadcast(assignment))
+        self._labels = labels
+        temperature = self._config.moco.temperature
+        return [
+            make_level(assignment, embeddings, count, temperature)
+            for assignment, count in zip(labels, self.counts, strict=True)
+        ]
+
+    def _assign(self, features: Tensor, count: int, depth: int, parent: Tensor | None, seed: int) -> Tensor:
+        """One level: from its own last assignment, else split from the level above, else from scratch."""
+        start: Tensor | None = None
+        if self._options.warm:
+            previous = self._labels[depth] if depth < len(self._labels) else None
+            known = previous if previous is not None else (self._labels[-1] if self._labels else parent)
+            if known is not None:
+                known = known.to(features.device)
+                present = int(known.max()) + 1
+                start = known if present == count else split_labels(features, known, present, count, seed=seed)
+        result = bounded_kmeans(
+            features,
+            count,
+            tolerance=self._options.size_tolerance,
+            seed=seed,
+            iterations=self._options.iterations if start is None else self._options.warm_iterations,
+            labels=start,
+            backend=self._options.backend,
+        )
+        return result.labels
+
+    @property
+    def finest_labels(self) -> Tensor | None:
+        """(N,) assignment of the finest level at the last clustering."""
+        return self._labels[-1] if self._labels else None
+
+    def _counts_at(self, position: int) -> tuple[int, ...]:
+        return level_counts(self._options.first, self._options.multiplier, position, self._options.levels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the position in the count sequence and the assignments."""
+        return {"position": self._position, "labels": [x.to("cpu", torch.int32) for x in self._labels]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self._position = int(state["position"])
+        self._labels = [x.to(torch.long) for x in state["labels"]]

@@ -1,0 +1,156 @@
+"""Which stage trains what, for how long and how fast. Numbers in, plan out.
+
+The five stages of the research notes (seed 000):
+
+    1  encoder (backbone and its fc), no MLP    InfoNCE
+    2  MLP alone                                InfoNCE + prototypes
+    3  everything                               the same, clusters may grow
+    4  MLP alone                                the same
+    5  everything                               the same, clusters may grow
+
+Each has its own epochs, learning rate and schedule; a stage of 0 epochs is left
+out. Epochs are counted from 1 over the whole run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from hpcl.config import HEAD_ONLY_STAGES, STAGES, Config, Stages
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run: its epochs, its learning rate, and what it trains and uses."""
+
+    stage: int
+    """Number of the stage, 1 to 5."""
+    first_epoch: int
+    """First epoch, counted from 1 over the whole run."""
+    last_epoch: int
+    """Last epoch, inclusive."""
+    lr: float
+    """Learning rate at the first step."""
+    schedule: Literal["constant", "cosine"]
+    """Learning rate within the stage: constant, or cosine to 0."""
+    trains_encoder: bool
+    """Whether the backbone (and the fc, where it is in use) learns; else it is frozen."""
+    trains_head: bool
+    """Whether the MLP learns; else it is unused."""
+    uses_prototypes: bool
+    """Whether clusters exist and the prototype losses count."""
+    uses_head: bool
+    """Whether embeddings come out of the MLP; else out of the fc."""
+    may_grow: bool
+    """Whether the growth policy is asked after each epoch."""
+
+    @property
+    def epochs(self) -> int:
+        """Length of the stage in epochs."""
+        return self.last_epoch - self.first_epoch + 1
+
+
+def stage_lengths(stages: Stages) -> tuple[int, int, int, int, int]:
+    """The five lengths in epochs, scaled to `stages.total` where that is set.
+
+    Scaling is by largest remainder (Hamilton), ties to the earlier stage, so the
+    sum is exact. A stage above 0 keeps at least one epoch: those whose share is
+    less are set to 1 and the rest is shared anew among the others.
+
+    Raises:
+        ValueError: `total` is less than the number of stages above 0, or all are 0.
+
+    Example:
+        >>> stage_lengths(Stages(total=16))
+        (2, 1, 5, 1, 7)
+    """
+    lengths = {s: stages.of(s).epochs for s in STAGES}
+    if stages.total is not None:
+        lengths |= _apportion({s: n for s, n in lengths.items() if n}, stages.total)
+    one, two, three, four, five = (lengths[s] for s in STAGES)
+    return one, two, three, four, five
+
+
+def _apportion(weights: dict[int, int], total: int) -> dict[int, int]:
+    """`total` shared out in proportion to positive weights, at least 1 each."""
+    if not weights:
+        raise ValueError(f"stages.total is {total}, but all five stages have 0 epochs: at least one must train")
+    if total < len(weights):
+        raise ValueError(f"stages.total is {total}, but must be >= {len(weights)}, the number of stages above 0")
+    quotas = {s: Fraction(total * n, sum(weights.values())) for s, n in weights.items()}
+    shares = {s: math.floor(quota) for s, quota in quotas.items()}
+    by_remainder = sorted(weights, key=lambda s: (shares[s] - quotas[s], s))
+    for s in by_remainder[: total - sum(shares.values())]:
+        shares[s] += 1
+    short = [s for s, share in shares.items() if share == 0]
+    if not short:
+        return shares
+    rest = _apportion({s: n for s, n in weights.items() if s not in short}, total - len(short))
+    return {s: rest.get(s, 1) for s in weights}
+
+
+def make_plan(config: Config) -> tuple[StagePlan, ...]:
+    """The stages that this configuration runs, in order, without those of 0 epochs."""
+    plan = []
+    has_head = config.head.kind != "none"
+    first = 1
+    for stage, epochs in zip(STAGES, stage_lengths(config.stages), strict=True):
+        if epochs == 0:
+            continue
+        settings = config.stages.of(stage)
+        uses_head = has_head and stage > 1
+        plan.append(
+            StagePlan(
+                stage=stage,
+                first_epoch=first,
+                last_epoch=first + epochs - 1,
+                lr=settings.lr,
+                schedule=settings.schedule,
+                trains_encoder=stage not in HEAD_ONLY_STAGES,
+                trains_head=uses_head,
+                uses_prototypes=stage > 1,
+                uses_head=uses_head,
+                may_grow=stage in config.growth.stages,
+            )
+        )
+        first += epochs
+    return tuple(plan)
+
+
+def total_epochs(plan: Sequence[StagePlan]) -> int:
+    """Epochs of the whole run."""
+    return sum(stage.epochs for stage in plan)
+
+
+def stage_at(plan: Sequence[StagePlan], epoch: int) -> StagePlan:
+    """The stage that this epoch belongs to.
+
+    Raises:
+        ValueError: the epoch lies outside the run.
+    """
+    for stage in plan:
+        if stage.first_epoch <= epoch <= stage.last_epoch:
+            return stage
+    raise ValueError(f"epoch is {epoch}, but must be between 1 and {total_epochs(plan)}")
+
+
+def learning_rate(stage: StagePlan, step: int, steps_in_stage: int) -> float:
+    """The learning rate of one step: `lr`, or ``lr/2 (1 + cos(pi step / steps))``.
+
+    Args:
+        stage: the stage.
+        step: step within the stage, from 0.
+        steps_in_stage: steps of the whole stage, at least 1.
+
+    Raises:
+        ValueError: `step` does not lie in 0..steps_in_stage.
+    """
+    if steps_in_stage < 1 or not 0 <= step <= steps_in_stage:
+        raise ValueError(f"step is {step} of {steps_in_stage}, but must be between 0 and their number")
+    if stage.schedule == "constant":
+        return stage.lr
+    return stage.lr * 0.5 * (1.0 + math.cos(math.pi * step / steps_in_stage))
