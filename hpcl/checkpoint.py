@@ -1,0 +1,63 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+One file, ``checkpoint.pt``, replaced atomically after the growth decision of every
+epoch. It holds tensors and plain values only and is read with
+``weights_only=True``, so that loading one runs no code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpcl.config import Config
+from hpcl.errors import UserError
+from hpcl.results import atomic_path
+
+CHECKPOINT_NAME = "checkpoint.pt"
+FORMAT = 1
+"""Raised when the content changes so that older files no longer fit."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a run's state atomically: a crash leaves the previous file as it was."""
+    with atomic_path(path) as temporary:
+        torch.save({"format": FORMAT, **state}, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint file, on the CPU.
+
+    Raises:
+        UserError: there is no such file, or it is not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the {CHECKPOINT_NAME} of a run or trial folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not one of its own
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path}: not a checkpoint of hpcl; give the {CHECKPOINT_NAME} of a run or trial folder")
+    if state["format"] != FORMAT:
+        raise UserError(f"{path}: written in format {state['format']}, this version reads format {FORMAT}")
+    return state
+
+
+def config_of(state: dict[str, Any]) -> Config:
+    """The configuration a checkpoint was trained with."""
+    return Config.model_validate(state["config"])
+
+
+def differing_fields(ours: Config, theirs: Config) -> list[str]:
+    """Dotted paths at which two configurations differ, those under ``runtime`` aside."""
+
+    def walk(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [p for name in a for p in walk(a[name], b[name], f"{path}.{name}" if path else name)]
+        return [] if a == b else [path]
+
+    return walk(ours.model_dump(exclude={"runtime"}), theirs.model_dump(exclude={"runtime"}), "")

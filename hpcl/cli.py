@@ -1,0 +1,117 @@
+"""The command line: ``hpcl train | knn | export | search``.
+
+Torch is imported inside the commands that need it, so that ``--help`` answers at once.
+A mistake of the user is printed without a traceback and ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hpcl.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _hpcl() -> None:
+    """Hierarchical Prototypical Contrastive Learning: train, search, and use what was learnt."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Configuration (YAML), for example a search's best.yaml.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the run goes; default runs/<name of the file>. Called again, it resumes.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Images to train on, in place of data.source.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Total epochs; the stages are scaled in proportion.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="path=value; may be given several times.")] = None,
+) -> None:
+    """Train one configuration, without ray; the same command resumes an interrupted run."""
+    from hpcl.yamlio import load_config_with
+
+    chosen = load_config_with(config, sets or [], data=data, epochs=epochs)
+    out = folder or Path("runs") / config.stem
+
+    from hpcl.data import load
+    from hpcl.runlog import describe_epoch
+    from hpcl.trainer import fit
+
+    print(load(chosen.data).describe(), flush=True)
+    print(f"run folder: {out}", flush=True)
+
+    def report(row: dict[str, Any]) -> None:
+        print(describe_epoch(row), flush=True)
+
+    run = fit(chosen, out, report=report)
+    last = run.rows[-1]
+    if last["state"] == "diverged":
+        print(f"diverged in epoch {last['epoch']}: the loss is not finite; lower the learning rates (stages.*.lr)")
+        raise typer.Exit(1)
+    if last.get("objective") is not None:
+        print(f"linear probe on the validation split: {last['objective']:.4f}")
+    print(f"finished {last['epoch']} epochs; next: hpcl knn {out / 'checkpoint.pt'}")
+
+
+@app.command()
+def knn(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.pt of a run or trial folder.")],
+    split: Annotated[str, typer.Option(help="Images to classify: val or test.")] = "test",
+    k: Annotated[int, typer.Option(min=1, help="Neighbours.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Temperature of the vote, above 0.")] = 0.1,
+    data: Annotated[str | None, typer.Option(help="Other images than those it was trained on.")] = None,
+) -> None:
+    """Weighted kNN accuracy of a checkpoint's backbone."""
+    if split not in ("val", "test"):
+        raise UserError(f"--split is {split}, but must be val or test")
+    if not temperature > 0:
+        raise UserError(f"--temperature is {temperature}, but must be above 0")
+    from hpcl.pretrained import knn_of_checkpoint
+
+    part: Literal["val", "test"] = "val" if split == "val" else "test"
+    accuracy, images = knn_of_checkpoint(checkpoint, part, k=k, temperature=temperature, data=data)
+    count = len(images.val if part == "val" else images.test)
+    print(images.describe())
+    print(
+        f"kNN accuracy {accuracy:.4f} on {count} {part} images (k = {min(k, len(images.train))}, T = {temperature:g})"
+    )
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.pt of a run or trial folder.")],
+    out: Annotated[Path, typer.Argument(help="File for the backbone's state dict.")],
+    side: Annotated[str, typer.Option(help="query (trained) or key (its moving average).")] = "query",
+) -> None:
+    """Write the backbone's state dict as torchvision loads it."""
+    if side not in ("query", "key"):
+        raise UserError(f"--side is {side}, but must be query or key")
+    from hpcl.pretrained import export_backbone
+
+    names = export_backbone(checkpoint, out, "query" if side == "query" else "key")
+    print(f"{out}: {len(names)} tensors, {names[0]} to {names[-1]}; load it with strict=False, the fc is not in it")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def search(context: typer.Context) -> None:
+    """Search over a space file; the same as run_search.py (see hpcl search --help)."""
+    from hpcl.search.cli import main as search_main
+
+    raise typer.Exit(search_main(context.args))
+
+
+def main() -> None:
+    """Entry point of the ``hpcl`` command."""
+    try:
+        app()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

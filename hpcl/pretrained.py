@@ -1,0 +1,104 @@
+"""A trained network out of a checkpoint: to export it, or to measure it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hpcl.checkpoint import config_of, load_checkpoint
+from hpcl.config import Config
+from hpcl.data import DeviceImages, ImageSet, load
+from hpcl.dist import current_world
+from hpcl.downstream.knn import knn_accuracy
+from hpcl.errors import UserError
+from hpcl.features import FeaturePass
+from hpcl.model import Network, build_network
+from hpcl.results import atomic_path
+
+Side = Literal["query", "key"]
+
+
+def export_backbone(checkpoint: Path, out: Path, side: Side = "query") -> list[str]:
+    """Write the backbone's state dict, with torchvision's names where it is a torchvision ResNet.
+
+    ``torchvision.models.resnet18().load_state_dict(torch.load(out), strict=False)``
+    then misses the fc alone (with stem `imagenet`; stem `cifar` has its own conv1).
+
+    Returns:
+        The names of the tensors written.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    state = _part(load_checkpoint(checkpoint)["pair"], f"{side}.backbone.")
+    with atomic_path(out) as temporary:
+        torch.save(state, temporary)
+    return list(state)
+
+
+def load_network(checkpoint: Path, side: Side = "query") -> tuple[Config, Network]:
+    """The configuration of a checkpoint and its network, in eval mode on the CPU.
+
+    Raises:
+        UserError: no such checkpoint, or its backbone was a module given in Python.
+    """
+    state = load_checkpoint(checkpoint)
+    if state["backbone"] is not None:
+        raise UserError(
+            f"{checkpoint}: its backbone is {state['backbone']}, given in Python, which a checkpoint cannot rebuild; "
+            "use `hpcl export` and load the state dict into your module"
+        )
+    config = config_of(state)
+    channels, height, width = state["data"]["shape"]
+    network = build_network(config.model, config.head, channels, config.seed, None, (height, width))
+    network.load_state_dict(_part(state["pair"], f"{side}."))
+    return config, network.eval()
+
+
+def knn_of_checkpoint(
+    checkpoint: Path,
+    split: Literal["val", "test"] = "test",
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    data: str | None = None,
+) -> tuple[float, ImageSet]:
+    """kNN accuracy (0..1) of a checkpoint's backbone: all training images vote on a held-out split.
+
+    Args:
+        checkpoint: a run's or trial's ``checkpoint.pt``.
+        split: the images to classify.
+        k: neighbours; at most the number of training images.
+        temperature: of the vote.
+        data: another source than the one it was trained on.
+
+    Raises:
+        UserError: no such checkpoint, no labels, or an empty split.
+    """
+    config, network = load_network(checkpoint)
+    section = config.data if data is None else config.data.model_copy(update={"source": data})
+    images = load(section)
+    ids = images.val if split == "val" else images.test
+    if images.labels is None or not len(ids):
+        raise UserError(
+            f"{images.source}: has no labelled {split} images, which kNN needs; name another split or source"
+        )
+    expected = network.backbone_channels if hasattr(network, "backbone_channels") else None
+    if expected is not None and expected != images.images.shape[1]:
+        raise UserError(f"{images.source}: has {images.images.shape[1]} channels, the network takes {expected}")
+    world = current_world(config.runtime.device)
+    network.to(world.device)
+    passes = FeaturePass(images, DeviceImages(images, world.device), world, torch.float32)
+    bank, queries = (passes.of_images(network, part, use_head=False).backbone for part in (images.train, ids))
+    labels = torch.from_numpy(images.labels).to(world.device)
+    accuracy = knn_accuracy(
+        bank, labels[images.train], queries, labels[ids], min(k, len(bank)), temperature, len(images.classes)
+    )
+    assert accuracy is not None  # both splits are labelled and not empty
+    return accuracy, images
+
+
+def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

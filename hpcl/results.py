@@ -1,0 +1,167 @@
+"""The tables a search leaves behind: their columns, and how they are written and read.
+
+``epochs.parquet`` has one row per trial and epoch, ``trials.parquet`` one per
+trial. Both schemas are the constants below; a value that was not measured is
+null, never 0 and never NaN. Nothing here needs torch, ray or optuna.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+State = Literal["running", "finished", "stopped", "failed", "diverged"]
+"""A trial's state: running, finished its schedule, stopped by ASHA, failed with an
+error, or diverged (a loss that is not finite)."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: name, Arrow type name, unit or range, and what it holds."""
+
+    name: str
+    type: Literal["int64", "float64", "string", "bool"]
+    unit: str
+    doc: str
+
+
+EPOCH_COLUMNS: tuple[Column, ...] = (
+    Column("trial_id", "string", "", "trial the row belongs to"),
+    Column("epoch", "int64", "epochs", "epoch over the whole run, from 1"),
+    Column("stage", "int64", "1..5", "stage the epoch belongs to"),
+    Column("state", "string", "", "running, finished (last epoch of the schedule) or diverged"),
+    Column("clusters", "int64", "count", "clusters of the finest level in use; null before prototypes"),
+    Column("level_clusters", "string", "count/count/...", "clusters of every level, coarse to fine"),
+    Column("growth_reason", "string", "", "why the count grows after this epoch, or does not"),
+    Column("grew", "bool", "", "whether the count grows after this epoch"),
+    Column("theta", "float64", "relative gain", "threshold on the gain of acc_inst in force"),
+    Column("acc_proto", "float64", "0..1", "top-1 of ProtoNCE, mean over levels and batches; depends on the count"),
+    Column("acc_proto_ref", "float64", "0..1", "acc_proto on fixed views at the reference count; comparable"),
+    Column("proto_bits", "float64", "bits", "information of the fixed views about the reference clusters; comparable"),
+    Column("inst_ref", "float64", "0..1", "top-1 of each fixed query among all fixed keys; comparable"),
+    Column("nce_ref", "float64", "nats", "InfoNCE of the fixed views at T = 0.1; lower is better; comparable"),
+    Column("proto_bits_own", "float64", "bits", "proto_bits on the trial's finest level; not comparable"),
+    Column("acc_inst", "float64", "0..1", "top-1 of InfoNCE, mean over batches"),
+    Column("loss", "float64", "nats", "total loss, mean over batches"),
+    Column("loss_inst", "float64", "nats", "InfoNCE"),
+    Column("loss_proto", "float64", "nats", "prototype loss, mean over levels"),
+    Column("knn", "float64", "0..1", "kNN accuracy on the validation split, backbone features"),
+    Column("objective", "float64", "", "value that chooses among finished trials; last epoch only"),
+    Column("size_min", "int64", "images", "smallest cluster of the finest level"),
+    Column("size_max", "int64", "images", "largest cluster of the finest level"),
+    Column("size_entropy", "float64", "0..1", "entropy of the finest level's sizes over its maximum"),
+    Column("churn_ami", "float64", "0..1", "agreement (AMI) of the finest level with the previous epoch's"),
+    Column("feature_std", "float64", "", "mean per-dimension std of unit embeddings times sqrt(D); 0 is collapse"),
+    Column("effective_rank", "float64", "1..D", "exp of the entropy of the embedding's singular values"),
+    Column("lr", "float64", "", "learning rate at the epoch's end"),
+    Column("seconds", "float64", "s", "wall time of the epoch, all phases"),
+    Column("seconds_cluster", "float64", "s", "feature pass and clustering"),
+    Column("seconds_train", "float64", "s", "training steps"),
+    Column("seconds_meters", "float64", "s", "fixed views, kNN and objective"),
+    Column("images_per_second", "float64", "images/s", "training images over seconds_train, all ranks"),
+    Column("world_size", "int64", "ranks", "processes that trained the epoch"),
+    Column("arrival", "int64", "", "position in the order in which the scheduler saw the rows"),
+)
+"""Columns of ``epochs.parquet``."""
+
+TRIAL_COLUMNS: tuple[Column, ...] = (
+    Column("trial_id", "string", "", "name of the trial and of its folder under trials/"),
+    Column("number", "int64", "", "order in which trials were created, from 0 (the notes' configuration)"),
+    Column("state", "string", "", "finished, stopped, failed or diverged; running if the search was cut short"),
+    Column("stop_reason", "string", "", "why the trial ended, in words"),
+    Column("epochs", "int64", "epochs", "epochs trained and reported"),
+    Column("objective", "float64", "", "value that chooses among finished trials; null for the others"),
+    Column("metric", "float64", "", "last value of the curve that ASHA watched"),
+    Column("seconds", "float64", "s", "wall time of its epochs"),
+)
+"""Columns of ``trials.parquet``; a column ``config.<path>`` per searched field follows."""
+
+TIME_COLUMNS = ("seconds", "seconds_cluster", "seconds_train", "seconds_meters", "images_per_second", "arrival")
+"""Epoch columns that differ between two runs of the same seed."""
+
+LOWER_IS_BETTER = frozenset({"nce_ref", "loss", "loss_inst", "loss_proto"})
+"""Curves where a smaller value is the better one."""
+
+
+def clean(value: Any) -> Any:
+    """The value as a table keeps it: NaN and infinities become None, numpy scalars plain numbers."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def epoch_schema() -> pa.Schema:
+    """The Arrow schema of ``epochs.parquet``."""
+    return _schema(EPOCH_COLUMNS)
+
+
+def trial_schema(searched: Mapping[str, Literal["int64", "float64", "string", "bool"]]) -> pa.Schema:
+    """The Arrow schema of ``trials.parquet`` for these searched fields (path -> type)."""
+    return _schema((*TRIAL_COLUMNS, *(Column(f"config.{path}", kind, "", path) for path, kind in searched.items())))
+
+
+def _schema(columns: Sequence[Column]) -> pa.Schema:
+    import pyarrow as pa
+
+    types = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
+    return pa.schema(
+        [pa.field(c.name, types[c.type], metadata={"unit": c.unit, "description": c.doc}) for c in columns]
+    )
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows as Parquet, atomically; keys outside the schema are left out, missing ones are null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist([{name: clean(row.get(name)) for name in schema.names} for row in rows], schema)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet table as dictionaries."""
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, synced to disk, if the block succeeds.
+
+    A reader sees the old file or the new one, never a part; a failing block leaves
+    the old file as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

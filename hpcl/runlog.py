@@ -1,0 +1,70 @@
+"""What a run writes into its folder besides its checkpoint: log, table and TensorBoard events."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from hpcl.results import EPOCH_COLUMNS, epoch_schema, write_table
+
+_CHARTS = {c.name: c for c in EPOCH_COLUMNS if c.type in ("float64", "int64") and c.name not in ("epoch", "arrival")}
+
+
+class RunLog:
+    """``log.txt``, ``epochs.parquet`` and tensorboardX events of one run folder."""
+
+    def __init__(self, folder: Path, first_epoch: int) -> None:
+        """Open the files; events from `first_epoch` on replace those of an interrupted epoch."""
+        from tensorboardX import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._events = SummaryWriter(str(folder), purge_step=first_epoch)
+
+    def say(self, text: str) -> None:
+        """One line with the time in front."""
+        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._file.flush()
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Record the newest row; `rows` are all rows of the run so far."""
+        row = rows[-1]
+        self.say(describe_epoch(row))
+        for name in _CHARTS:
+            value = row.get(name)
+            if value is not None:
+                self._events.add_scalar(name, value, row["epoch"])
+        self._events.flush()
+        named = [{**r, "trial_id": self._folder.name} for r in rows]
+        write_table(self._folder / "epochs.parquet", named, epoch_schema())
+
+    def close(self) -> None:
+        """Close the files; safe to call twice."""
+        self._events.close()
+        self._file.close()
+
+
+def describe_epoch(row: dict[str, Any]) -> str:
+    """One readable line for an epoch's row."""
+
+    def number(name: str, digits: int = 4) -> str:
+        value = row.get(name)
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    parts = [
+        f"epoch {row['epoch']:>3}  stage {row['stage']}",
+        f"loss {number('loss', 3)}",
+        f"acc_inst {number('acc_inst')}",
+        f"acc_proto {number('acc_proto')}",
+        f"acc_proto_ref {number('acc_proto_ref')}",
+        f"knn {number('knn')}",
+        f"clusters {row.get('level_clusters') or '-'}",
+        f"{number('seconds', 1)} s",
+    ]
+    if row.get("state") == "diverged":
+        parts.append("DIVERGED: the loss is not finite")
+    if row.get("growth_reason"):
+        parts.append(("grows: " if row.get("grew") else "keeps: ") + row["growth_reason"])
+    return "  ".join(parts)

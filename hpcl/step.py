@@ -1,0 +1,174 @@
+"""One training step of the method (METHOD 1): EMA, keys, queries, losses, update, enqueue.
+
+Everything random is drawn for the whole global batch from the step's seed and then
+picked, so that R ranks compute what one rank would.
+
+Legend: B global batch, b batch of this rank, R ranks (B = R b), D embedding,
+K queue keys, M clusters of a level, C H W image.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpcl.augment import apply_views, draw_views
+from hpcl.config import Config
+from hpcl.data import DeviceImages, ImageSet
+from hpcl.dist import World
+from hpcl.losses import info_nce, proto_columns, proto_nce, topk_loss
+from hpcl.model import KeyQueue, MomentumPair
+from hpcl.prototypes import Level
+from hpcl.rng import generator
+from hpcl.stages import StagePlan
+
+SUMS = ("loss", "loss_inst", "loss_proto", "acc_inst", "acc_proto")
+"""What :meth:`Step.take` gives, in this order, as means over this rank's queries."""
+
+
+class Step:
+    """Takes training steps; holds what they share: networks, queue, images."""
+
+    def __init__(
+        self, config: Config, pair: MomentumPair, queue: KeyQueue, data: ImageSet, images: DeviceImages, world: World
+    ) -> None:
+        self._config, self._pair, self._queue, self._images, self._world = config, pair, queue, images, world
+        self._train_ids = torch.from_numpy(data.train)
+        self._shape = data.images.shape[1:]
+        self._mean = torch.from_numpy(data.mean).to(world.device)
+        self._std = torch.from_numpy(data.std).to(world.device)
+        precision = config.runtime.precision
+        if precision == "auto":
+            gpu = world.device.type == "cuda"
+            precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+        self._precision = precision
+        self.dtype = torch.float64 if precision == "fp64" else torch.float32
+        """Type of parameters, features and losses."""
+
+    def take(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        positions: Tensor,
+        plan: StagePlan,
+        levels: list[Level],
+        seed: int,
+    ) -> Tensor:
+        """One step on the global batch.
+
+        Args:
+            net: the query network, wrapped for gradient averaging where there are ranks.
+            optimizer: over the stage's trainable parameters.
+            positions: (B,) positions of the batch among the training images, on the CPU.
+            plan: the stage.
+            levels: cluster levels in use; empty before prototypes.
+            seed: names all random draws of the step.
+
+        Returns:
+            (5,) float64 values as in :data:`SUMS`, on the device: no host sync.
+        """
+        self._pair.ema(self._config.moco.momentum, plan)
+        views = ((0, 1), (1, 0)) if self._config.moco.symmetric else ((0, 1),)
+        keys = [self.keys(positions, plan, seed, key_view) for _, key_view in views]
+        terms = [
+            self._losses(self._queries(net, positions, plan, seed, query_view), self._own(key), positions, levels, seed)
+            for (query_view, _), key in zip(views, keys, strict=True)
+        ]
+        mean = torch.stack([torch.stack(term) for term in terms]).mean(0)
+        optimizer.zero_grad(set_to_none=True)
+        mean[0].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        for key in keys:
+            self._queue.enqueue(key)
+        return mean.detach().double()
+
+    @torch.no_grad()
+    def keys(self, positions: Tensor, plan: StagePlan, seed: int, view: int = 1) -> Tensor:
+        """(B, D) unit key embeddings of the whole global batch, the same on every rank.
+
+        With several ranks or BatchNorm splits the batch is encoded in shuffled order
+        (MoCo's ShuffleBN): the statistics a key shares with its query would tell it apart.
+        """
+        place = torch.arange(len(positions))
+        if self._config.moco.shuffle_keys and self._world.size * self._config.model.bn_splits > 1:
+            place = torch.randperm(len(positions), generator=generator(seed, "shuffle", view))
+        with self._autocast():
+            own: Tensor = self._pair.key(self._views(positions, self._own(place), seed, view), use_head=plan.uses_head)
+        gathered = self._world.all_gather(own.to(self.dtype))
+        keys = torch.empty_like(gathered)
+        keys[place.to(gathered.device)] = gathered
+        return keys
+
+    def _queries(self, net: nn.Module, positions: Tensor, plan: StagePlan, seed: int, view: int) -> Tensor:
+        """(b, D) unit query embeddings of this rank's part of the batch."""
+        part = self._own(torch.arange(len(positions)))
+        with self._autocast():
+            out: Tensor = net(self._views(positions, part, seed, view), use_head=plan.uses_head)
+        return out.to(self.dtype)
+
+    def _views(self, positions: Tensor, part: Tensor, seed: int, view: int) -> Tensor:
+        """(b, C, H, W) augmented images at the places `part` of the global batch."""
+        channels, height, width = self._shape
+        drawn = draw_views(self._config.augment, len(positions), height, width, channels, generator(seed, "view", view))
+        raw = self._images.batch(self._train_ids[positions[part]])
+        out = apply_views(raw, drawn.take(part).to(self._world.device), self._mean, self._std).to(self.dtype)
+        return out.contiguous(memory_format=torch.channels_last) if out.is_cuda else out
+
+    def _losses(self, query: Tensor, key: Tensor, positions: Tensor, levels: list[Level], seed: int) -> list[Tensor]:
+        """Loss, InfoNCE, prototype loss, acc_inst and acc_proto of this rank's queries (b, D)."""
+        config = self._config
+        inst, acc_inst = info_nce(query, key, self._queue.keys, config.moco.temperature)
+        if not levels:
+            zero = torch.zeros_like(inst)
+            return [inst, inst, zero, acc_inst, zero]
+        per_level = [
+            self._level_loss(query, level, positions, generator(seed, "negatives", depth))
+            for depth, level in enumerate(levels)
+        ]
+        proto, acc_proto = torch.stack([torch.stack(pair) for pair in per_level]).mean(0)
+        return [inst + config.prototypes.weight * proto, inst, proto, acc_inst, acc_proto]
+
+    def _level_loss(
+        self, query: Tensor, level: Level, positions: Tensor, draw: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Prototype loss and acc_proto of one level: ProtoNCE, or the top-K loss where clusters are few."""
+        options, topk = self._config.prototypes, self._config.topk
+        of_batch = level.cluster_of_image[positions.to(level.cluster_of_image.device)]
+        columns = proto_columns(
+            of_batch,
+            level.num_clusters,
+            targets=options.targets,
+            max_in_loss=options.max_in_loss,
+            negatives=options.negatives,
+            generator=draw,
+        )
+        loss, accuracy = proto_nce(
+            query, level.prototypes, level.concentration, columns.ids, self._own(columns.target_of_image)
+        )
+        few = self._config.optimizer.batch if topk.max_clusters is None else topk.max_clusters
+        if topk.mode != "none" and level.num_clusters <= few:
+            near = topk_loss(
+                query,
+                level.prototypes,
+                self._own(of_batch),
+                k=topk.k,
+                far_weight=topk.far_weight,
+                margin=topk.margin,
+                weights=topk.weights,
+                far=topk.far,
+            )
+            loss = near if topk.mode == "replace" else loss + near
+        return loss, accuracy
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """This rank's part (b, ...) of rows of the global batch (B, ...)."""
+        each = len(rows) // self._world.size
+        return rows[self._world.rank * each : (self._world.rank + 1) * each]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._precision == "bf16":
+            return torch.autocast(self._world.device.type, torch.bfloat16)
+        return nullcontext()

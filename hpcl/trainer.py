@@ -1,0 +1,385 @@
+"""One training run, start to end: the loop of the method.
+
+Per epoch (METHOD 1 to 5): enter a stage if one begins, cluster if prototypes are
+in use, train on every batch, decide on growth, measure, save, report.
+
+The outside world sees one seam, ``report(row)``: called on every rank after each
+epoch's checkpoint is on disk, with the columns of :data:`hpcl.results.EPOCH_COLUMNS`.
+It may never return (a search that stops the trial).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpcl import metrics
+from hpcl.checkpoint import CHECKPOINT_NAME, config_of, differing_fields, load_checkpoint, save_checkpoint
+from hpcl.config import Config, data_problems
+from hpcl.data import DeviceImages, ImageSet, load
+from hpcl.dist import World, current_world
+from hpcl.errors import UserError
+from hpcl.features import FeaturePass
+from hpcl.growth import make_policy
+from hpcl.hierarchy import Hierarchy
+from hpcl.meters import RunMeters
+from hpcl.model import KeyQueue, MomentumPair, Network, Spaces, build_network
+from hpcl.prototypes import Level
+from hpcl.results import write_text
+from hpcl.rng import generator, seed_of
+from hpcl.runlog import RunLog
+from hpcl.stages import StagePlan, learning_rate, make_plan, stage_at, total_epochs
+from hpcl.step import SUMS, Step
+from hpcl.yamlio import dump
+
+Row = dict[str, Any]
+Report = Callable[[Row], None]
+Backbone = nn.Module | Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What :func:`fit` gives back."""
+
+    folder: Path
+    rows: list[Row]
+    """One dictionary per epoch, keys as in :data:`hpcl.results.EPOCH_COLUMNS`."""
+    network: Network
+    """The trained query network."""
+
+
+def fit(
+    config: Config,
+    folder: Path | str = "runs/latest",
+    *,
+    backbone: Backbone | None = None,
+    report: Report | None = None,
+    objective: str | None = "auto",
+) -> Run:
+    """Train one configuration; called again with the same folder, it goes on where it was.
+
+    Args:
+        config: the configuration; its `seed` determines the run.
+        folder: where config, log, TensorBoard events, epoch table and checkpoint go.
+        backbone: your own module, (b, C, H, W) -> (b, F), or a function that makes it;
+            then `config.model.backbone` is not used.
+        report: called after every epoch with its row, on every rank.
+        objective: `auto` or `linear` measures a linear probe on the validation split at
+            the end, where labels exist; a column's name takes its last value; None: nothing.
+
+    Raises:
+        UserError: the data or the folder do not fit the configuration.
+    """
+    trainer = Trainer(config, Path(folder), backbone=backbone, objective=objective)
+    trainer.run(report or (lambda row: None))
+    return Run(Path(folder), trainer.rows, trainer.pair.query)
+
+
+def train(
+    config: Config,
+    folder: Path,
+    report: Report,
+    *,
+    objective: str | None = "auto",
+    backbone: Callable[[], nn.Module] | None = None,
+) -> None:
+    """:func:`fit` as a search calls it on every rank of a trial."""
+    fit(config, folder, backbone=backbone, report=report, objective=objective)
+
+
+class Trainer:
+    """The state of a run and the parts of its epochs."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        backbone: Backbone | None = None,
+        objective: str | None = None,
+        world: World | None = None,
+        data: ImageSet | None = None,
+    ) -> None:
+        if config.runtime.threads:
+            torch.set_num_threads(config.runtime.threads)
+        self.config, self.folder, self.objective = config, folder, objective
+        self.world = world or current_world(config.runtime.device)
+        self.data = data or load(config.data)
+        self.num_images = len(self.data.train)
+        problems = data_problems(config, self.num_images, self.world.size)
+        if problems:
+            raise UserError(*(f"{self.data.source}: {problem}" for problem in problems))
+
+        device = self.world.device
+        images = DeviceImages(self.data, device)
+        channels, height, width = self.data.images.shape[1:]
+        module = backbone if isinstance(backbone, nn.Module) or backbone is None else backbone()
+        self._backbone_name = None if module is None else type(module).__name__
+        network = build_network(config.model, config.head, channels, config.seed, module, (height, width))
+        self.pair = MomentumPair(network)
+        self.queue = KeyQueue(config.moco.queue, config.model.dim)
+        self.step = Step(config, self.pair, self.queue, self.data, images, self.world)
+        self.pair.to(device, self.step.dtype)
+        self.queue.to(device, self.step.dtype)
+        if device.type == "cuda":
+            self.pair.to(memory_format=torch.channels_last)
+
+        self.plan = make_plan(config)
+        self.total_epochs = total_epochs(self.plan)
+        self.steps_per_epoch = self.num_images // config.optimizer.batch
+        self.hierarchy = Hierarchy(config, self.num_images)
+        self.policy = make_policy(config.growth, self.total_epochs, self.hierarchy.maximum)
+        self.passes = FeaturePass(self.data, images, self.world, self.step.dtype)
+        self.meters = RunMeters(config, self.data, images, self.passes, self.world, self.step.dtype)
+        self.rows: list[Row] = []
+        """One row per finished epoch."""
+        self._net: nn.Module = self.pair.query
+        self._optimizer = torch.optim.SGD(self.pair.query.parameters())
+        self._key_spaces: Spaces | None = None
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self, report: Report) -> None:
+        """Train from the checkpoint in the folder, or from the start, to the end of the schedule."""
+        self._resume()
+        log = RunLog(self.folder, len(self.rows) + 1) if self.world.rank == 0 else None
+        try:
+            if log:
+                log.say(self.data.describe())
+                write_text(self.folder / "config.yaml", dump(self.config))
+            if self.rows:  # the last report may have been lost with the process that made it
+                report(self.rows[-1])
+            for epoch in range(len(self.rows) + 1, self.total_epochs + 1):
+                row = self.train_one_epoch(epoch)
+                self.rows.append(row)
+                if log and row["state"] != "diverged":
+                    save_checkpoint(self.folder / CHECKPOINT_NAME, self._state())
+                if log:
+                    log.add(self.rows)
+                self.world.barrier()
+                report(row)
+                if row["state"] == "diverged":
+                    break
+        finally:
+            if log:
+                log.close()
+
+    def train_one_epoch(self, epoch: int) -> Row:
+        """One epoch, from clustering to the growth decision; gives its row."""
+        started = time.perf_counter()
+        plan = stage_at(self.plan, epoch)
+        if epoch == plan.first_epoch:
+            self._enter_stage(plan)
+        previous = self.hierarchy.finest_labels
+        levels = self._cluster(plan, epoch) if plan.uses_prototypes else []
+        clustered = time.perf_counter()
+        row = {"epoch": epoch, "stage": plan.stage, "state": "running", "world_size": self.world.size}
+        row |= self._train_batches(plan, epoch, levels)
+        trained = time.perf_counter()
+        if row["loss"] is None:
+            row["state"] = "diverged"
+        else:
+            row |= _describe(levels, previous)
+            row |= self._grow(plan, epoch, row)
+            row |= self._measure(plan, epoch, levels)
+            if epoch == self.total_epochs:
+                row["state"] = "finished"
+                row["objective"] = self._objective(row)
+        ended = time.perf_counter()
+        row |= {
+            "seconds": ended - started,
+            "seconds_cluster": clustered - started,
+            "seconds_train": trained - clustered,
+            "seconds_meters": ended - trained,
+            "images_per_second": self.steps_per_epoch * self.config.optimizer.batch / (trained - clustered),
+        }
+        return row
+
+    # ---------------------------------------------------------------- stages
+
+    def _enter_stage(self, plan: StagePlan) -> None:
+        """Freeze and thaw, and follow a change of the output space (METHOD 2)."""
+        first = plan is self.plan[0]
+        used_head = not first and self.plan[self.plan.index(plan) - 1].uses_head
+        if plan.uses_head and not used_head:
+            self.pair.copy_head()
+        self._prepare(plan)
+        self.policy.clear()
+        if first or plan.uses_head != used_head:
+            self._fill_queue(plan)
+        self._key_spaces = None
+
+    def _prepare(self, plan: StagePlan) -> None:
+        """What a stage needs whether it starts or is resumed: frozen parts, optimizer, gradient averaging."""
+        options = self.config.optimizer
+        parameters = self.pair.set_stage(plan)
+        self._optimizer = torch.optim.SGD(
+            parameters, lr=plan.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        )
+        self._net = self.pair.query
+        if self.world.size > 1:
+            # A wrap from before a freeze leaves gradients unreduced, so every stage wraps anew.
+            # BatchNorm statistics stay per rank and are averaged before each eval pass and save.
+            ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+            with warnings.catch_warnings():  # torch 2.15 renames the argument, 2.11 does not know the new name
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self._net = DistributedDataParallel(self.pair.query, device_ids=ids, broadcast_buffers=False)
+
+    def _fill_queue(self, plan: StagePlan) -> None:
+        """Fill the queue with the keys of random training images."""
+        batch, size, seed = self.config.optimizer.batch, self.config.moco.queue, self.config.seed
+        positions = torch.randperm(self.num_images, generator=generator(seed, "queue", plan.stage))[:size]
+        parts = [
+            self.step.keys(part, plan, seed_of(seed, "queue", plan.stage, number))
+            for number, part in enumerate(torch.split(positions, batch))
+        ]
+        self.queue.fill(torch.cat(parts))
+        self.world.average_buffers(self.pair)
+
+    # ---------------------------------------------------------------- parts of an epoch
+
+    def _cluster(self, plan: StagePlan, epoch: int) -> list[Level]:
+        """The levels of this epoch, from the key encoder's centre views of the training set."""
+        spaces = self._features(plan)
+        space = self.config.clusters.space
+        # in stage 2 the MLP is still random: images are grouped by what the encoder knows
+        in_encoder = space == "encoder" or (space == "auto" and plan.stage == 2)
+        return self.hierarchy.cluster(
+            spaces.encoder if in_encoder else spaces.embedding,
+            spaces.embedding,
+            stage=plan.stage,
+            epoch=epoch,
+            world=self.world,
+        )
+
+    def _features(self, plan: StagePlan) -> Spaces:
+        """Key-side features of all training images, computed once between two changes of the weights."""
+        if self._key_spaces is None:
+            self._key_spaces = self.passes.of_images(self.pair.key, self.data.train, plan.uses_head)
+        return self._key_spaces
+
+    def _train_batches(self, plan: StagePlan, epoch: int, levels: list[Level]) -> Row:
+        """All batches of an epoch; gives mean losses, accuracies and the last learning rate.
+
+        All losses are None if one of them is not finite.
+        """
+        batch, seed = self.config.optimizer.batch, self.config.seed
+        order = torch.randperm(self.num_images, generator=generator(seed, "order", plan.stage, epoch))
+        steps_in_stage = self.steps_per_epoch * (plan.last_epoch - plan.first_epoch + 1)
+        done = (epoch - plan.first_epoch) * self.steps_per_epoch
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        rate = plan.lr
+        for step in range(self.steps_per_epoch):
+            rate = learning_rate(plan, done + step, steps_in_stage)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            positions = order[step * batch : (step + 1) * batch]
+            step_seed = seed_of(seed, "step", plan.stage, epoch, step)
+            sums += self.step.take(self._net, self._optimizer, positions, plan, levels, step_seed)
+        self._key_spaces = None
+        self.world.average_buffers(self.pair)
+        means = self.world.all_reduce_sum(sums) / (self.steps_per_epoch * self.world.size)
+        row: Row = dict(zip(SUMS, means.tolist(), strict=True))
+        if not all(math.isfinite(value) for value in row.values()):
+            row = dict.fromkeys(row)
+        elif not levels:
+            row |= {"loss_proto": None, "acc_proto": None}
+        return row | {"lr": rate}
+
+    def _grow(self, plan: StagePlan, epoch: int, row: Row) -> Row:
+        """Ask the growth policy, and follow it (METHOD 4)."""
+        if not plan.may_grow:
+            return {}
+        decision = self.policy.update(epoch, row["acc_proto"], row["acc_inst"], next_finest=self.hierarchy.next_finest)
+        if decision.grow:
+            self.hierarchy.grow()
+        return {"grew": decision.grow, "growth_reason": decision.reason, "theta": decision.theta}
+
+    def _measure(self, plan: StagePlan, epoch: int, levels: list[Level]) -> Row:
+        """The meters of METHOD 5."""
+        positions = self.meters.positions
+        if len(positions) == self.num_images:
+            reference = self._features(plan)  # the next epoch clusters on the same
+        else:
+            reference = self.passes.of_images(self.pair.key, self.data.train[positions.numpy()], plan.uses_head)
+        row = self.meters.measure(self.pair, plan, epoch, reference, levels)
+        every = self.config.meters.knn_every
+        if every and (epoch % every == 0 or epoch == self.total_epochs):
+            row["knn"] = self.meters.knn(self.pair.query)
+        return row
+
+    def _objective(self, row: Row) -> float | None:
+        if self.objective in ("auto", "linear"):
+            return self.meters.linear_probe(self.pair.query)
+        value: float | None = row.get(self.objective) if self.objective else None
+        return value
+
+    # ---------------------------------------------------------------- checkpoint
+
+    def _state(self) -> dict[str, Any]:
+        """Everything the next epoch depends on; taken after the growth decision."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "backbone": self._backbone_name,
+            "data": {
+                "source": self.data.source,
+                "hash": self.data.content_hash,
+                "shape": list(self.data.images.shape[1:]),
+            },
+            "pair": self.pair.state_dict(),
+            "queue": self.queue.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "growth": self.policy.state_dict(),
+            "hierarchy": self.hierarchy.state_dict(),
+            "meters": self.meters.state_dict(),
+            "rows": self.rows,
+        }
+
+    def _resume(self) -> None:
+        """Load the folder's checkpoint, if there is one, into a freshly built trainer."""
+        path = self.folder / CHECKPOINT_NAME
+        if not path.exists():
+            return
+        state = load_checkpoint(path)
+        differing = differing_fields(self.config, config_of(state))
+        if differing:
+            raise UserError(
+                f"{path}: belongs to another configuration (it differs at {', '.join(differing)}); "
+                "give another folder, or the configuration this one was started with"
+            )
+        if state["data"]["hash"] != self.data.content_hash:
+            raise UserError(
+                f"{path}: was trained on other images than {self.data.source} holds now; give another folder"
+            )
+        self.pair.load_state_dict(state["pair"])
+        self.queue.load_state_dict(state["queue"])
+        self.policy.load_state_dict(state["growth"])
+        self.hierarchy.load_state_dict(state["hierarchy"])
+        self.meters.load_state_dict(state["meters"])
+        self.rows = state["rows"]
+        self._prepare(stage_at(self.plan, len(self.rows)))
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _describe(levels: list[Level], previous: Tensor | None) -> Row:
+    """Columns about the cluster levels in use."""
+    if not levels:
+        return {"clusters": None, "level_clusters": None}
+    finest = levels[-1]
+    return {
+        "clusters": finest.num_clusters,
+        "level_clusters": "/".join(str(level.num_clusters) for level in levels),
+        "size_min": int(finest.sizes.min()),
+        "size_max": int(finest.sizes.max()),
+        "size_entropy": metrics.size_entropy(finest.sizes),
+        "churn_ami": metrics.churn_ami(previous, finest.cluster_of_image),
+    }

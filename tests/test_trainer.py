@@ -1,0 +1,241 @@
+"""The training loop: exactness by seed, resume, frozen stages, ranks, and all options in turn."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hpcl.checkpoint import load_checkpoint
+from hpcl.config import Config
+from hpcl.errors import UserError
+from hpcl.kmeans import size_bounds
+from hpcl.results import EPOCH_COLUMNS, TIME_COLUMNS, read_rows
+from hpcl.trainer import Trainer, fit
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
+NUM_IMAGES = 405
+"""Training images of the tiny run: a tenth of what two held-out tenths leave of 5,000."""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["hpcl.trainer", "tensorboardX", "faiss", "torch.distributed"])
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the columns that differ between two runs of one seed."""
+    return [{name: value for name, value in row.items() if name not in TIME_COLUMNS} for row in rows]
+
+
+def run_in_process(target: Any, *arguments: Any) -> int:
+    """Exit code of a function run in a process of its own."""
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    process.join(200)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The tiny run, start to end, in this process."""
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, fit(Config.model_validate(TINY), folder).rows
+
+
+def test_rows_tell_the_five_stages(unbroken: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, rows = unbroken
+    names = {column.name for column in EPOCH_COLUMNS}
+    assert [row["stage"] for row in rows] == [1, 2, 3, 3, 3, 4, 5, 5]
+    assert [row["state"] for row in rows] == ["running"] * 7 + ["finished"]
+    for row in rows:
+        assert set(row) <= names
+        assert (row["clusters"] is None) == (row["stage"] == 1) == (row["acc_proto"] is None)
+        for name in ("loss", "acc_inst", "acc_proto_ref", "proto_bits", "inst_ref", "nce_ref", "knn", "feature_std"):
+            assert row[name] is not None, name
+        if row["clusters"]:
+            low, high = size_bounds(NUM_IMAGES, row["clusters"], 1 / 3)
+            assert low <= row["size_min"] <= row["size_max"] <= high
+    assert [row.get("objective") is not None for row in rows] == [False] * 7 + [True]
+    grown = [row["clusters"] for row in rows if row.get("grew")]
+    assert grown and all(row["growth_reason"].startswith("5") for row in rows if row.get("grew"))
+    assert rows[-1]["clusters"] > rows[1]["clusters"]
+    table = read_rows(folder / "epochs.parquet")
+    assert [row["loss"] for row in table] == [row["loss"] for row in rows]
+    assert {"config.yaml", "log.txt", "checkpoint.pt"} <= {path.name for path in folder.iterdir()}
+    assert any(path.name.startswith("events.out.tfevents") for path in folder.iterdir())
+
+
+def test_a_run_after_another_one_in_the_same_process_equals_it_alone(
+    unbroken: tuple[Path, list[dict[str, Any]]], tiny: Config, tmp_path: Path
+) -> None:
+    fit(tiny.with_values({"seed": 7, "clusters.first": 5, "stages.total": 6}), tmp_path / "before")
+    torch.rand(3)  # whatever state the global generator is in
+    again = fit(tiny, tmp_path / "again")
+    assert timeless(again.rows) == timeless(unbroken[1])
+    weights = load_checkpoint(unbroken[0] / "checkpoint.pt")["pair"]
+    for name, value in again.network.state_dict().items():
+        assert torch.equal(value, weights[f"query.{name}"]), name
+
+
+def test_another_seed_gives_another_run(
+    unbroken: tuple[Path, list[dict[str, Any]]], tiny: Config, tmp_path: Path
+) -> None:
+    other = fit(tiny.with_values({"seed": 1, "stages.total": 5}), tmp_path)
+    assert other.rows[0]["loss"] != unbroken[1][0]["loss"]
+
+
+def _die_after(epoch: int, folder: Path, config: Config) -> None:
+    def report(row: dict[str, Any]) -> None:
+        if row["epoch"] == epoch:
+            os._exit(9)
+
+    fit(config, folder, report=report)
+
+
+def test_a_run_killed_after_each_epoch_equals_an_unbroken_one(
+    unbroken: tuple[Path, list[dict[str, Any]]], tiny: Config, tmp_path: Path
+) -> None:
+    for epoch in range(1, 9):
+        assert run_in_process(_die_after, epoch, tmp_path, tiny) == 9
+        assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == epoch
+    rows = fit(tiny, tmp_path).rows
+    assert timeless(rows) == timeless(unbroken[1])
+    assert timeless(read_rows(tmp_path / "epochs.parquet"))[0]["loss"] == rows[0]["loss"]
+
+
+def test_resuming_reports_the_last_row_again(tiny: Config, tmp_path: Path) -> None:
+    seen: list[int] = []
+    fit(tiny, tmp_path, report=lambda row: seen.append(row["epoch"]))
+    fit(tiny, tmp_path, report=lambda row: seen.append(row["epoch"]))
+    assert seen == [*range(1, 9), 8]
+
+
+def test_the_encoder_is_bit_identical_over_stage_2(tiny: Config, tmp_path: Path) -> None:
+    states: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(row: dict[str, Any]) -> None:
+        states[row["epoch"]] = load_checkpoint(tmp_path / "checkpoint.pt")["pair"]
+
+    fit(tiny, tmp_path, report=keep)
+    for before, after in ((1, 2), (5, 6)):  # stage 2, stage 4
+        for name, value in states[before].items():
+            if ".mlp." not in name and not name.endswith("_extra_state"):
+                assert torch.equal(value, states[after][name]), name
+        assert not torch.equal(states[before]["query.mlp.0.weight"], states[after]["query.mlp.0.weight"])
+    assert torch.equal(states[1]["query.mlp.0.weight"], states[1]["key.mlp.0.weight"])
+    assert not torch.equal(states[2]["query.fc.weight"], states[3]["query.fc.weight"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tiny: Config, tmp_path: Path) -> None:
+    rows = fit(tiny.with_values({"stages.stage3.lr": 1e30}), tmp_path).rows
+    assert rows[-1]["state"] == "diverged"
+    assert rows[-1]["stage"] == 3
+    assert rows[-1]["loss"] is None
+    assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == len(rows) - 1
+
+
+def test_a_folder_of_another_run_is_refused(tiny: Config, tmp_path: Path) -> None:
+    short = tiny.with_values({"stages.total": 5})
+    fit(short, tmp_path)
+    with pytest.raises(UserError, match=r"another configuration \(it differs at clusters\.first\)"):
+        fit(short.with_values({"clusters.first": 3}), tmp_path)
+    other = short.with_values({"runtime.threads": None})  # where it runs is no part of what it is
+    assert len(fit(other, tmp_path).rows) == 5
+
+
+def test_settings_that_do_not_fit_the_data_are_all_named(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        fit(tiny.with_values({"optimizer.batch": 512, "moco.queue": 1024}), tmp_path)
+    assert len(error.value.problems) == 2
+    assert "moco.queue is 1024, but may be at most half of the 405 training images" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prototypes.targets": "pcl", "topk.mode": "none", "growth.policy": "plateau"},
+        {"prototypes.targets": "adjusted", "topk.mode": "add", "topk.far": "sum", "topk.weights": "softmax"},
+        {"prototypes.max_in_loss": 2, "prototypes.negatives": 3, "topk.mode": "none"},
+        {"head.kind": "v1", "head.attach": "replace", "growth.policy": "fixed", "growth.hold": 1},
+        {"head.kind": "linear", "moco.symmetric": True, "moco.queue": 64},
+        {"head.kind": "none", "stages.stage2.epochs": 0, "stages.stage4.epochs": 0},
+        {"model.bn_splits": 4, "clusters.levels": 1, "clusters.warm": False},
+        {"clusters.size_tolerance": None, "clusters.space": "embedding", "clusters.backend": "torch"},
+        {"clusters.first": 30, "clusters.levels": 3, "clusters.maximum": 40, "augment.blur": 1.0},
+        {"runtime.precision": "bf16", "meters.knn_every": 0, "stages.stage1.epochs": 0},
+        {
+            "model.backbone": "resnet18",
+            "model.stem": "imagenet",
+            "meters.knn_every": 0,
+            "stages.total": 5,
+            "data.subset": 0.04,
+            "optimizer.batch": 32,
+            "moco.queue": 32,
+        },
+    ],
+)
+def test_every_option_trains(tiny: Config, tmp_path: Path, changes: dict[str, Any]) -> None:
+    # all at once: some pairs are only valid together
+    rows = fit(tiny.with_values({"stages.total": None, **changes}), tmp_path).rows
+    assert rows[-1]["state"] == "finished"
+    assert all(row["loss"] > 0 for row in rows)
+
+
+def test_a_users_backbone(tiny: Config, tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 24), torch.nn.ReLU())
+    run = fit(tiny.with_values({"stages.total": 5}), tmp_path, backbone=module)
+    assert run.network.feature_dim == 24
+    assert run.rows[-1]["state"] == "finished"
+
+
+def _train_rank(rank: int, size: int, folder: Path, config: Config) -> None:
+    """One of `size` gloo processes; rank 0 writes its rows."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
+    trainer = Trainer(config, folder / f"ranks{size}", objective="auto")
+    trainer.run(lambda row: None)
+    if rank == 0:
+        (folder / f"rows{size}.json").write_text(json.dumps(trainer.rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("precision", "rtol"), [("fp64", 1e-9), ("fp32", 1e-4)])
+def test_two_ranks_equal_one_with_two_batchnorm_splits(
+    tiny: Config, tmp_path: Path, precision: str, rtol: float
+) -> None:
+    shared = {"runtime.precision": precision, "moco.shuffle_keys": False, "stages.total": 6}
+    if precision == "fp32":  # rounding grows with every step: three epochs, one switch
+        shared |= {"stages.total": None} | {f"stages.stage{s}.epochs": e for s, e in enumerate((1, 1, 1, 0, 0), 1)}
+    workers = [
+        FORKS.Process(target=_train_rank, args=(rank, 2, tmp_path, tiny.with_values(shared))) for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(200)
+        assert worker.exitcode == 0
+    two = json.loads((tmp_path / "rows2.json").read_text())
+    one = fit(tiny.with_values({**shared, "model.bn_splits": 2}), tmp_path / "one").rows
+    assert [row["world_size"] for row in two] == [2] * len(one)
+    for ours, theirs in zip(two, one, strict=True):
+        for name in ("stage", "clusters", "grew", "growth_reason", "size_min", "size_max"):
+            assert ours.get(name) == theirs.get(name), name
+        for name in ("loss", "loss_inst", "loss_proto", "acc_inst", "acc_proto", "nce_ref", "proto_bits"):
+            expected = theirs[name]
+            assert ours[name] == (expected and pytest.approx(expected, rel=rtol, abs=rtol)), name
+
+
+def test_the_golden_curve(unbroken: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Losses of the tiny run as stored (see CONTRIBUTING.md for when and how it is made anew)."""
+    golden = json.loads(GOLDEN.read_text())
+    for row, stored in zip(unbroken[1], golden, strict=True):
+        for name, value in stored.items():
+            assert row.get(name) == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
