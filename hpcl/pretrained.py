@@ -38,8 +38,8 @@ def export_backbone(checkpoint: Path, out: Path, side: Side = "query") -> list[s
     return list(state)
 
 
-def load_network(checkpoint: Path, side: Side = "query") -> tuple[Config, Network]:
-    """The configuration of a checkpoint and its network, in eval mode on the CPU.
+def load_network(checkpoint: Path, side: Side = "query") -> tuple[Config, Network, int]:
+    """A checkpoint's configuration, its network in eval mode on the CPU, and the channels C it takes.
 
     Raises:
         UserError: no such checkpoint, or its backbone was a module given in Python.
@@ -54,7 +54,7 @@ def load_network(checkpoint: Path, side: Side = "query") -> tuple[Config, Networ
     channels, height, width = state["data"]["shape"]
     network = build_network(config.model, config.head, channels, config.seed, None, (height, width))
     network.load_state_dict(_part(state["pair"], f"{side}."))
-    return config, network.eval()
+    return config, network.eval(), channels
 
 
 def knn_of_checkpoint(
@@ -77,7 +77,7 @@ def knn_of_checkpoint(
     Raises:
         UserError: no such checkpoint, no labels, or an empty split.
     """
-    config, network = load_network(checkpoint)
+    config, network, channels = load_network(checkpoint)
     section = config.data if data is None else config.data.model_copy(update={"source": data})
     images = load(section)
     ids = images.val if split == "val" else images.test
@@ -85,9 +85,8 @@ def knn_of_checkpoint(
         raise UserError(
             f"{images.source}: has no labelled {split} images, which kNN needs; name another split or source"
         )
-    expected = network.backbone_channels if hasattr(network, "backbone_channels") else None
-    if expected is not None and expected != images.images.shape[1]:
-        raise UserError(f"{images.source}: has {images.images.shape[1]} channels, the network takes {expected}")
+    if images.images.shape[1] != channels:
+        raise UserError(f"{images.source}: has {images.images.shape[1]} channels, but the network takes {channels}")
     world = current_world(config.runtime.device)
     network.to(world.device)
     passes = FeaturePass(images, DeviceImages(images, world.device), world, torch.float32)
