@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 STAGES = (1, 2, 3, 4, 5)
 """The five stages, in order (METHOD: encoder, MLP, all, MLP, all)."""
 
+NOTES_EPOCHS = {"stage1": 20, "stage2": 5, "stage3": 50, "stage4": 5, "stage5": 70}
+"""The notes' lengths of the stages, in epochs."""
+
 HEAD_ONLY_STAGES = (2, 4)
 """Stages that train the MLP alone and keep the encoder frozen."""
 
@@ -163,7 +166,7 @@ class Optimizer(Section):
 class Stage(Section):
     """One stage: how long, and how fast it learns."""
 
-    epochs: Annotated[int, Field(ge=0)] = 0
+    epochs: Annotated[int, Field(ge=0)]
     """Length in epochs; 0 skips the stage."""
     lr: Positive = 0.06
     """Learning rate at the start of the stage."""
@@ -174,19 +177,30 @@ class Stage(Section):
 class Stages(Section):
     """The five stages (notes: 20/5/50/5/70 epochs)."""
 
-    stage1: Stage = Stage(epochs=20)
+    stage1: Stage = Stage(epochs=NOTES_EPOCHS["stage1"])
     """Trains the encoder with InfoNCE; the MLP is not used [warmup_epoch]."""
-    stage2: Stage = Stage(epochs=5)
+    stage2: Stage = Stage(epochs=NOTES_EPOCHS["stage2"])
     """Trains the MLP alone, with prototypes."""
-    stage3: Stage = Stage(epochs=50)
+    stage3: Stage = Stage(epochs=NOTES_EPOCHS["stage3"])
     """Trains everything; clusters may grow."""
-    stage4: Stage = Stage(epochs=5)
+    stage4: Stage = Stage(epochs=NOTES_EPOCHS["stage4"])
     """Trains the MLP alone."""
-    stage5: Stage = Stage(epochs=70)
+    stage5: Stage = Stage(epochs=NOTES_EPOCHS["stage5"])
     """Trains everything; clusters may grow."""
     total: Count | None = None
     """Where set, the five lengths are scaled in proportion to sum to it (largest
     remainder; a stage above 0 keeps at least one epoch)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_lengths(cls, stages: Any) -> Any:
+        """A stage that sets only its learning rate keeps the notes' length."""
+        if not isinstance(stages, dict):
+            return stages
+        return {
+            name: {"epochs": NOTES_EPOCHS[name], **stage} if name in NOTES_EPOCHS and isinstance(stage, dict) else stage
+            for name, stage in stages.items()
+        }
 
     def of(self, number: int) -> Stage:
         """The stage with this number, 1 to 5."""

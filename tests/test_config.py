@@ -113,6 +113,11 @@ def test_presets_are_valid_for_their_data(name: str, images: int) -> None:
     assert config.meters.augment == config.augment  # the fixed views are drawn as the trial's own by default
 
 
+def test_a_stage_that_sets_only_its_rate_keeps_the_notes_length() -> None:
+    config = parse(Config, read_tree("stages: {stage3: {lr: 0.5}}"))
+    assert (config.stages.stage3.epochs, config.stages.stage3.lr) == (50, 0.5)
+
+
 def test_presets_have_the_published_values() -> None:
     cifar, mini = presets.config("cifar"), presets.config("mini_imagenet")
     assert sum(stage_lengths(cifar.stages)) == 200

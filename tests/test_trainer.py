@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from hpcl.checkpoint import load_checkpoint
 from hpcl.config import Config
 from hpcl.errors import UserError

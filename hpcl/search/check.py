@@ -1,0 +1,220 @@
+"""Whether every value that a space can propose is one that the configuration accepts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from hpcl.config import Config, data_problems
+from hpcl.search.params import Choice, Float, Param, same
+from hpcl.stages import stage_lengths
+from hpcl.validation import TreePath, field_paths, show, validation_problems
+from hpcl.yamlio import did_you_mean
+
+if TYPE_CHECKING:
+    from hpcl.search.space import Space
+
+_ENDLESS = 10**12
+"""Number of training images that no rule of `data_problems` finds too small: the data are not read here."""
+
+_NOT_SEARCHED = {
+    "seed": "all trials use the same seed, so that they differ in nothing but the searched fields",
+    "data": "trials on different images have curves that do not compare",
+    "meters": "the meters must be the same function for every trial, or the curves do not compare",
+    "stages.total": "all trials must have the same number of epochs, or ASHA's rungs do not compare",
+}
+
+
+def space_problems(space: Space, *, rules: bool) -> list[str]:
+    """Every problem of a space, each beginning with its place in the file.
+
+    Args:
+        space: the space, not yet known to be right.
+        rules: also check what depends on more than one field; False where the base is not valid.
+    """
+    known = field_paths(Config)
+    problems: list[str] = []
+    sound: dict[str, Param] = {}
+    for path, param in space.params.items():
+        found = _path_problems(space, path, known) or _when_problems(space, path, param, known)
+        if not found:
+            sound[path] = param
+        problems += found
+    problems += _cycles(space, sound)
+    if problems and rules:
+        rules = False  # a field that is wrong in itself would be reported once more by each rule
+    before = _config_problems(space, {}) if rules else []
+    problems += [f"{space.tree.where(('resources', 'workers'), ('base',))}: {text}" for _, text in before]
+    for path, param in sound.items():
+        problems += _value_problems(space, path, param, rules, {text for _, text in before})
+    if rules and not problems:
+        problems = _pair_problems(space) or _corner_problems(space)
+        problems += _search_problems(space)
+    return list(dict.fromkeys(problems))
+
+
+def with_parents(space: Space, values: dict[str, Any]) -> dict[str, Any] | None:
+    """`values` and what makes their fields active; None where they exclude each other."""
+    complete = dict(values)
+    waiting = list(values)
+    while waiting:
+        path = waiting.pop()
+        for parent, allowed in space.params[path].when.items() if path in space.params else ():
+            now = complete.get(parent, space.base.at(parent))
+            if any(same(now, value) for value in allowed):
+                continue
+            if parent in complete or parent not in space.params:
+                return None
+            complete[parent] = allowed[0]
+            waiting.append(parent)
+    return complete
+
+
+def _path_problems(space: Space, path: str, known: list[str]) -> list[str]:
+    where = space.tree.where(("space", path), key=True)
+    if path not in known:
+        if inside := [name for name in known if name.startswith(f"{path}.")]:
+            return [f"{where}: {path} is a section, but must be one of its fields, such as {inside[0]}"]
+        return [f"{where}: {path}: there is no such field{did_you_mean(path, known)}"]
+    for name, reason in _NOT_SEARCHED.items():
+        if path == name or path.startswith(f"{name}."):
+            return [f"{where}: {path} cannot be searched: {reason}; set it in base"]
+    return []
+
+
+def _when_problems(space: Space, path: str, param: Param, known: list[str]) -> list[str]:
+    problems = []
+    for parent, allowed in param.when.items():
+        where = space.tree.where(("space", path, "when", parent), key=True)
+        if parent not in known:
+            problems.append(f"{where}: when: {parent}: there is no such field{did_you_mean(parent, known)}")
+        elif parent not in space.params:
+            fixed = space.base.at(parent)
+            if not any(same(fixed, value) for value in allowed):
+                problems.append(f"{where}: {path} would never be sampled: {parent} is {show(fixed)} in every trial")
+        else:
+            other = space.params[parent]
+            for value in allowed:
+                if not _can_take(other, value):
+                    problems.append(f"{where}: when: {parent} is never {show(value)}, but {_words(other)}")
+    return problems
+
+
+def _can_take(param: Param, value: Any) -> bool:
+    if isinstance(param, Choice):
+        return any(same(value, choice) for choice in param.choices)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and (param.low <= value <= param.high) and bool(abs(param.nearest(value) - value) < 1e-12)
+
+
+def _words(param: Param) -> str:
+    if isinstance(param, Choice):
+        return "one of " + ", ".join(show(value) for value in param.choices)
+    return f"between {show(param.low)} and {show(param.high)}"
+
+
+def _cycles(space: Space, params: dict[str, Param]) -> list[str]:
+    for start in params:
+        seen, waiting = set(), [start]
+        while waiting:
+            path = waiting.pop()
+            for parent in params[path].when if path in params else ():
+                if parent == start:
+                    where = space.tree.where(("space", start, "when"), key=True)
+                    return [f"{where}: {start} depends on itself by `when`; take one condition out"]
+                if parent not in seen:
+                    seen.add(parent)
+                    waiting.append(parent)
+    return []
+
+
+def _config_problems(space: Space, values: dict[str, Any]) -> list[tuple[tuple[TreePath, ...], str]]:
+    """(paths, text) of what is wrong with the base with these values put in."""
+    try:
+        config = space.base.with_values(values)
+        lengths = stage_lengths(config.stages)
+    except ValidationError as error:
+        return [(problem.paths, problem.text) for problem in validation_problems(error, Config)]
+    except ValueError as error:
+        return [(((),), str(error))]
+    texts = data_problems(config, _ENDLESS, space.resources.workers)
+    return [(((),), text) for text in texts] if sum(lengths) else []
+
+
+def _value_problems(space: Space, path: str, param: Param, rules: bool, known: set[str]) -> list[str]:
+    """What is wrong with single values of a field, at the value's place in the file."""
+    problems: list[str] = []
+    own: TreePath = tuple(path.split("."))
+    grid = param.grid()
+    for i, value in enumerate(grid):
+        values = {path: value} if not rules else with_parents(space, {path: value})
+        if values is None:  # its conditions exclude each other
+            where = space.tree.where(("space", path, "when"), key=True)
+            return [f"{where}: {path} would never be sampled: its conditions exclude each other"]
+        last = i == len(grid) - 1
+        for paths, text in _config_problems(space, values):
+            if text in known or not (rules or paths[0][: len(own)] == own):
+                continue
+            place = i if isinstance(param, Choice) else int(last)
+            where = space.tree.where(("space", path, param.kind, place), ("space", path))
+            if isinstance(param, Choice):
+                which = f"choice {i + 1} of {path}"
+            else:
+                which = f"{'low end' if i == 0 else 'high end' if last else 'inside the range'} of {path}"
+                if isinstance(param, Float) and text.endswith("must be a whole number"):
+                    which += "; write int: [low, high]"
+            problems.append(f"{where}: {text} ({which})")
+            if not isinstance(param, Choice) and 0 < i < len(grid) - 1:
+                return problems  # one value inside the range is enough to show it
+    return problems
+
+
+def _pair_problems(space: Space) -> list[str]:
+    """What is wrong with two values together that are right alone; one sentence per pair of fields."""
+    problems = []
+    for (a, first), (b, second) in itertools.combinations(space.params.items(), 2):
+        for x, y in itertools.product(first.ends(), second.ends()):
+            values = with_parents(space, {a: x, b: y})
+            found = _config_problems(space, values) if values is not None else []
+            if found:
+                where = space.tree.where(("space", b), key=True)
+                problems.append(f"{where}: {found[0][1]} (with {a} {show(x)} and {b} {show(y)}, which may meet)")
+                break
+    return problems
+
+
+def _corner_problems(space: Space) -> list[str]:
+    """What is wrong with trial 0, and with all fields at their low or all at their high ends."""
+    corners: dict[str, dict[str, Any]] = {"trial 0": space.default_point()}
+    for i, name in ((0, "all low ends or first choices together"), (-1, "all high ends or last choices together")):
+        values: dict[str, Any] = {}
+        for path in space.params:
+            values[path] = space.params[path].ends()[i]
+        corners[name] = {path: value for path, value in values.items() if space.is_active(path, values)}
+    problems = []
+    for name, values in corners.items():
+        found = _config_problems(space, values)
+        problems += [f"{space.tree.where(('space',))}: {text} ({name})" for _, text in found]
+    return problems
+
+
+def _search_problems(space: Space) -> list[str]:
+    problems = []
+    search, base, where = space.search, space.base, space.tree.where
+    searched_lengths = [path for path in space.params if path.startswith("stages.") and path.endswith(".epochs")]
+    if searched_lengths and base.stages.total is None:
+        problems.append(
+            f"{where(('space', searched_lengths[0]), key=True)}: {searched_lengths[0]} is searched, but stages.total "
+            "is null: trials would differ in their number of epochs; set stages.total in base"
+        )
+    if search.grace is not None and search.grace >= space.epochs:
+        problems.append(
+            f"{where(('search', 'grace'), ('search',))}: search.grace is {search.grace}, but must be below the "
+            f"{space.epochs} epochs of a trial (null: no trial is stopped early)"
+        )
+    for name, curve in (("metric", search.metric), ("objective", search.objective)):
+        if curve == "knn" and base.meters.knn_every == 0:
+            problems.append(f"{where(('search', name))}: search.{name} is knn, but meters.knn_every is 0 (never)")
+    return problems
