@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from hpcl.errors import UserError
 from hpcl.results import EPOCH_COLUMNS, atomic_path, read_rows
@@ -64,6 +65,7 @@ def draw(folder: Path, out: Path, metric: str | None = None) -> None:
     right.set_yscale("log", base=2)
     right.yaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.title.set_fontsize(10)
         axes.spines[["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], color=BEST, lw=2.5, label="best")]
