@@ -28,7 +28,7 @@ COLOURS = {
     "finished": "#1b6ca8",
     "stopped": "#b0b0b0",
     "diverged": "#c0392b",
-    "failed": "#c0392b",
+    "failed": "#7b2d8b",
     "running": "#6c757d",
 }
 BEST = "#e07a1f"
@@ -44,6 +44,8 @@ def draw(folder: Path, out: Path, metric: str | None = None) -> None:
     metric = metric or facts["metric"]
     if metric not in {c.name for c in EPOCH_COLUMNS if c.type == "float64"}:
         raise UserError(f"--metric is {metric}, but must be a numeric column of {folder / 'epochs.parquet'}")
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out is {out}, but must end in .png, .svg or .pdf")
     best = facts.get("best")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for trial in sorted(trials, key=lambda t: (t["trial_id"] == best, t["state"] == "finished")):
@@ -72,7 +74,7 @@ def draw(folder: Path, out: Path, metric: str | None = None) -> None:
     handles += [plt.Line2D([], [], color=COLOURS[s], label=s) for s, n in facts["trials"].items() if n]
     left.legend(handles=handles, fontsize=8, frameon=False, loc="upper left")
     with atomic_path(out) as temporary:
-        figure.savefig(temporary, dpi=130, format=out.suffix.removeprefix(".") or "png")
+        figure.savefig(temporary, dpi=130, format=out.suffix.removeprefix("."))
     plt.close(figure)
 
 
@@ -95,7 +97,7 @@ def _read(folder: Path) -> tuple[list[Row], list[Row], Row]:
         raise UserError(f"{folder}: not the results of a search that ended; there is no {', '.join(missing)}")
     facts = json.loads(needed[2].read_text(encoding="utf-8"))
     if "trials" not in facts:
-        raise UserError(f"{folder}: the search is still running; draw it when it has ended")
+        raise UserError(f"{folder}: the search has not come to an end (search.json: {facts['state']})")
     return read_rows(needed[0]), read_rows(needed[1]), facts
 
 

@@ -52,12 +52,3 @@ def test_the_block_blocks(name: str) -> None:
 def test_what_reads_settings_loads_nothing_heavy(code: str) -> None:
     done = python(f"{code}\nimport sys\nprint([n for n in ('torch', 'ray', 'optuna', 'pyarrow') if n in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_ray_and_optuna_appear_only_in_the_search() -> None:
-    package = Path(__file__).parents[1] / "hpcl"
-    for file in package.rglob("*.py"):
-        if file.parent.name != "search":
-            lines = [line.split() for line in file.read_text().splitlines()]
-            imported = {line[1].split(".")[0] for line in lines if len(line) > 1 and line[0] in ("import", "from")}
-            assert not imported & {"ray", "optuna"}, file
