@@ -7,14 +7,17 @@ epoch. It holds tensors and plain values only and is read with
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from hpcl.config import Config
 from hpcl.errors import UserError
 from hpcl.results import atomic_path
+from hpcl.validation import validation_problems
 
 CHECKPOINT_NAME = "checkpoint.pt"
 FORMAT = 1
@@ -23,8 +26,19 @@ FORMAT = 1
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a run's state atomically: a crash leaves the previous file as it was."""
+    save_tensors(path, {"format": FORMAT, **state})
+
+
+def save_tensors(path: Path, value: Any) -> None:
+    """``torch.save``, atomically.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    content = io.BytesIO()  # torch's own writer raises a RuntimeError where the disk is full
+    torch.save(value, content)
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -39,7 +53,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not one of its own
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); remove it, or give another") from error
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: not a checkpoint of hpcl; give the {CHECKPOINT_NAME} of a run or trial folder")
     if state["format"] != FORMAT:
@@ -48,8 +62,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def config_of(state: dict[str, Any]) -> Config:
-    """The configuration a checkpoint was trained with."""
-    return Config.model_validate(state["config"])
+    """The configuration a checkpoint was trained with.
+
+    Raises:
+        UserError: this version has other fields or bounds.
+    """
+    try:
+        return Config.model_validate(state["config"])
+    except ValidationError as error:
+        problems = validation_problems(error, Config)
+        raise UserError(*(f"the checkpoint's configuration: {problem.text}" for problem in problems)) from error
 
 
 def differing_fields(ours: Config, theirs: Config) -> list[str]:

@@ -6,9 +6,10 @@ A mistake of the user is printed without a traceback and ends with exit code 2.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,7 +27,10 @@ def _hpcl() -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="Configuration (YAML), for example a search's best.yaml.")],
     folder: Annotated[
-        Path | None, typer.Option(help="Where the run goes; default runs/<name of the file>. Called again, it resumes.")
+        Path | None,
+        typer.Option(
+            help="Where the run goes, and resumes; default runs/<file's name>, for best.yaml its folder's name."
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Images to train on, in place of data.source.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Total epochs; the stages are scaled in proportion.")] = None,
@@ -36,26 +40,32 @@ def train(
     from hpcl.yamlio import load_config_with
 
     chosen = load_config_with(config, sets or [], data=data, epochs=epochs)
-    out = folder or Path("runs") / config.stem
+    named_by = config.resolve().parent.name if config.name == "best.yaml" else config.stem
+    out = folder or Path("runs") / named_by
 
     from hpcl.data import load
     from hpcl.runlog import describe_epoch
     from hpcl.trainer import fit
 
-    print(load(chosen.data).describe(), flush=True)
-    print(f"run folder: {out}", flush=True)
+    leads = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks for all
 
-    def report(row: dict[str, Any]) -> None:
-        print(describe_epoch(row), flush=True)
+    def say(text: str) -> None:
+        if leads:
+            print(text, flush=True)
 
-    run = fit(chosen, out, report=report)
+    say(load(chosen.data).describe())
+    say(f"run folder: {out}")
+    run = fit(chosen, out, report=lambda row: say(describe_epoch(row)))
     last = run.rows[-1]
     if last["state"] == "diverged":
-        print(f"diverged in epoch {last['epoch']}: the loss is not finite; lower the learning rates (stages.*.lr)")
+        say(f"diverged in epoch {last['epoch']}: the loss is not finite; lower the learning rates (stages.*.lr)")
         raise typer.Exit(1)
-    if last.get("objective") is not None:
-        print(f"linear probe on the validation split: {last['objective']:.4f}")
-    print(f"finished {last['epoch']} epochs; next: hpcl knn {out / 'checkpoint.pt'}")
+    checkpoint = out / "checkpoint.pt"
+    if last.get("objective") is None:
+        say(f"finished {last['epoch']} epochs; next: hpcl export {checkpoint} backbone.pt")
+    else:
+        say(f"linear probe on the validation split: {last['objective']:.4f}")
+        say(f"finished {last['epoch']} epochs; next: hpcl knn {checkpoint}")
 
 
 @app.command()

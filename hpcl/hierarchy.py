@@ -28,7 +28,7 @@ class Hierarchy:
     def __init__(self, config: Config, num_images: int) -> None:
         self._config = config
         self._options = config.clusters
-        self.maximum = config.clusters.maximum or max(1, num_images // 10)
+        self.maximum = min(config.clusters.maximum or max(1, num_images // 10), num_images)
         """Largest count of the finest level."""
         self._position = 0
         self._labels: list[Tensor] = []

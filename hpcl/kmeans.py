@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hpcl.errors import UserError
 from hpcl.rng import generator
 
 Nearest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -110,8 +111,8 @@ def bounded_kmeans(
             On a GPU it is always torch.
 
     Raises:
-        ValueError: an argument is out of range, x is not finite, or faiss was asked for
-            and is not installed.
+        ValueError: an argument is out of range, or x is not finite.
+        UserError: faiss was asked for and is not installed.
 
     >>> x = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1], [9.0]])
     >>> bounded_kmeans(x, 2, tolerance=0.0, seed=0, iterations=10).sizes
@@ -123,7 +124,7 @@ def bounded_kmeans(
     bounds = size_bounds(len(x), num_clusters, tolerance)
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}, but must be >= 1")
-    nearest = _nearest_centroid_search(backend, x.device)
+    nearest = nearest_centroid_search(backend, x.device)
 
     if labels is None:
         centroids = _spread_centroids(x, num_clusters, seed, nearest)
@@ -336,8 +337,8 @@ def _squared_distance(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([(points - centroids[own]).square().sum(1) for points, own in blocks])
 
 
-def _nearest_centroid_search(backend: str, device: torch.device) -> Nearest:
-    """The fastest exact search that is allowed and installed."""
+def nearest_centroid_search(backend: str, device: torch.device) -> Nearest:
+    """The fastest exact search that is allowed and installed; a UserError if faiss is asked for in vain."""
     if backend not in ("auto", "faiss", "torch"):
         raise ValueError(f"backend is {backend!r}, but must be 'auto', 'faiss' or 'torch'")
     if backend == "torch" or device.type != "cpu":
@@ -347,9 +348,9 @@ def _nearest_centroid_search(backend: str, device: torch.device) -> Nearest:
     except ImportError:
         if backend == "auto":
             return _nearest_torch
-        raise ValueError(
-            "backend is 'faiss', but faiss is not installed: install faiss-cpu (or faiss-gpu), "
-            "or use clusters.backend auto or torch"
+        raise UserError(
+            "clusters.backend is faiss, but faiss is not installed; install faiss-cpu (or faiss-gpu), "
+            "or set it to auto or torch"
         ) from None
 
     def nearest_faiss(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

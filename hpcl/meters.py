@@ -55,15 +55,14 @@ class RunMeters:
         ids = torch.from_numpy(data.train[chosen.reference][chosen.views])
         raw = images.batch(ids)
         channels, height, width = data.images.shape[1:]
-        mean, std = torch.from_numpy(data.mean).to(world.device), torch.from_numpy(data.std).to(world.device)
         self._views = [
             apply_views(
                 raw,
                 draw_views(
                     config.meters.augment, len(ids), height, width, channels, generator(seed, "fixed-views", which)
                 ).to(world.device),
-                mean,
-                std,
+                images.mean,
+                images.std,
             ).to(dtype)
             for which in (0, 1)
         ]
@@ -74,7 +73,12 @@ class RunMeters:
         Args:
             reference: key-side features of the images at :attr:`positions`.
             levels: the trial's own levels; empty before prototypes.
+
+        Returns:
+            Nothing, or None for every fixed-view meter, where features are not finite.
         """
+        if not bool(reference.embedding.isfinite().all()):
+            return {}
         level = metrics.reference_level(
             reference.embedding.float(),
             self._count,

@@ -100,8 +100,6 @@ def reference_level(
     Raises:
         ValueError: features that are not finite.
     """
-    if not bool(features.isfinite().all()):
-        raise ValueError("the features are not finite: the run has diverged")
     found = bounded_kmeans(
         features,
         num_clusters,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,10 +18,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from hpcl.config import Head, Model
+from hpcl.errors import UserError
 from hpcl.rng import seed_of
 
 if TYPE_CHECKING:
     from hpcl.stages import StagePlan
+
+
+Backbone = nn.Module | Callable[[], nn.Module]
+"""A user's own backbone, (b, C, H, W) -> (b, F), or a function that makes it."""
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -73,7 +79,7 @@ def _split_batch_norm(module: nn.Module, splits: int) -> None:
             _split_batch_norm(child, splits)
             continue
         if type(child) is not nn.BatchNorm2d or child.momentum is None or child.running_mean is None:
-            raise ValueError(
+            raise UserError(
                 f"model.bn_splits is {splits}, but the backbone's layer {name} ({type(child).__name__}) cannot be "
                 "split; use BatchNorm2d with running statistics and a fixed momentum, or set model.bn_splits to 1"
             )
@@ -117,14 +123,14 @@ def _resnet(model: Model, in_channels: int) -> tuple[nn.Module, int]:
     try:
         import torchvision
     except ImportError as error:
-        raise ValueError(f"model.backbone is {name}, which needs torchvision; install it or use convnet") from error
+        raise UserError(f"model.backbone is {name}, which needs torchvision; install it or use convnet") from error
     models = torchvision.models
     resnets = [n for n in models.list_models() if models.get_model_builder(n).__module__ == models.resnet.__name__]
     names = ["convnet", *resnets]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"model.backbone is {name}, but must be one of {', '.join(names)}{hint}")
+        raise UserError(f"model.backbone is {name}, but must be one of {', '.join(names)}{hint}")
     network = models.get_model(name, weights=None)
     width = network.conv1.out_channels
     if model.stem == "cifar":
@@ -151,7 +157,7 @@ def _feature_dim(backbone: nn.Module, in_channels: int, image_size: tuple[int, i
         module.training = training
     if not isinstance(out, Tensor) or out.dim() != 2:
         got = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise ValueError(
+        raise UserError(
             f"the backbone returns {got} for one image of {in_channels}x{image_size[0]}x{image_size[1]}, "
             "but must return features of shape (batch, F)"
         )
@@ -263,7 +269,7 @@ def build_network(
     head: Head,
     in_channels: int,
     seed: int,
-    backbone: nn.Module | None = None,
+    backbone: Backbone | None = None,
     image_size: tuple[int, int] = (32, 32),
 ) -> Network:
     """The network of a run, initialised from `seed`; torch's global generator is left as it was.
@@ -273,19 +279,19 @@ def build_network(
         head: kind, place and width of the MLP.
         in_channels: C.
         seed: the run's seed.
-        backbone: a module of your own, (b, C, H, W) -> (b, F), in place of ``model.backbone``.
-            It is copied, keeps the weights it has, and all of its parameters will train.
+        backbone: your own in place of ``model.backbone``. A module is copied with the weights it
+            has, a function is called and draws from `seed`. All parameters will train.
         image_size: (H, W) of the pass that finds F of your own backbone; not used otherwise.
 
     Raises:
-        ValueError: unknown backbone; one that returns something else than (b, F); or one
+        UserError: unknown backbone; one that returns something else than (b, F); or one
             with a BatchNorm that ``model.bn_splits`` cannot split.
     """
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the GPUs' generators too
         torch.default_generator.manual_seed(seed_of(seed, "init"))
         if backbone is not None:
-            chosen = copy.deepcopy(backbone)
+            chosen = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone()
             feature_dim = _feature_dim(chosen, in_channels, image_size)
         elif model.backbone == "convnet":
             chosen = ConvNet(in_channels, model.width)

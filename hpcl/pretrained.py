@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from hpcl.checkpoint import config_of, load_checkpoint
+from hpcl.checkpoint import config_of, load_checkpoint, save_tensors
 from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet, load
 from hpcl.dist import current_world
@@ -15,7 +15,6 @@ from hpcl.downstream.knn import knn_accuracy
 from hpcl.errors import UserError
 from hpcl.features import FeaturePass
 from hpcl.model import Network, build_network
-from hpcl.results import atomic_path
 
 Side = Literal["query", "key"]
 
@@ -30,11 +29,10 @@ def export_backbone(checkpoint: Path, out: Path, side: Side = "query") -> list[s
         The names of the tensors written.
 
     Raises:
-        UserError: no such checkpoint.
+        UserError: no such checkpoint, or `out` cannot be written.
     """
     state = _part(load_checkpoint(checkpoint)["pair"], f"{side}.backbone.")
-    with atomic_path(out) as temporary:
-        torch.save(state, temporary)
+    save_tensors(out, state)
     return list(state)
 
 
@@ -87,9 +85,9 @@ def knn_of_checkpoint(
         )
     if images.images.shape[1] != channels:
         raise UserError(f"{images.source}: has {images.images.shape[1]} channels, but the network takes {channels}")
-    world = current_world(config.runtime.device)
+    world = current_world("cpu" if config.runtime.device == "cpu" else "auto")
     network.to(world.device)
-    passes = FeaturePass(images, DeviceImages(images, world.device), world, torch.float32)
+    passes = FeaturePass(DeviceImages(images, world.device), world, torch.float32)
     bank, queries = (passes.of_images(network, part, use_head=False).backbone for part in (images.train, ids))
     labels = torch.from_numpy(images.labels).to(world.device)
     accuracy = knn_accuracy(

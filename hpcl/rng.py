@@ -6,7 +6,7 @@ is fresh, resumed, or follows another run in a reused process, and whatever othe
 draws happen before it.
 
 Purposes in use: init (weights), order (of images in an epoch), step and in it view,
-shuffle and negatives, queue (first keys), cluster, reference and fixed-views (meters),
+shuffle, negatives and key- and query-layers (dropout), queue (first keys), cluster, reference and fixed-views (meters),
 probe and probe-split (linear probe), data-test, data-val and data-subset (splits).
 """
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpcl.results import EPOCH_COLUMNS, epoch_schema, write_table
+from hpcl.results import EPOCH_COLUMNS, epoch_schema, write_table, writing
 
 _CHARTS = {c.name: c for c in EPOCH_COLUMNS if c.type in ("float64", "int64") and c.name not in ("epoch", "arrival")}
 
@@ -15,35 +15,43 @@ class RunLog:
     """``log.txt``, ``epochs.parquet`` and tensorboardX events of one run folder."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
-        """Open the files; events from `first_epoch` on replace those of an interrupted epoch."""
+        """Open the files; events from `first_epoch` on replace those of an interrupted epoch.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         from tensorboardX import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        self._events = SummaryWriter(str(folder), purge_step=first_epoch)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+            self._events = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def say(self, text: str) -> None:
         """One line with the time in front."""
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._file.flush()
+        with writing(self._folder):
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._file.flush()
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Record the newest row; `rows` are all rows of the run so far."""
         row = rows[-1]
         self.say(describe_epoch(row))
-        for name in _CHARTS:
-            value = row.get(name)
-            if value is not None:
-                self._events.add_scalar(name, value, row["epoch"])
-        self._events.flush()
+        with writing(self._folder):
+            for name in _CHARTS:
+                value = row.get(name)
+                if value is not None:
+                    self._events.add_scalar(name, value, row["epoch"])
+            self._events.flush()
         named = [{**r, "trial_id": self._folder.name} for r in rows]
         write_table(self._folder / "epochs.parquet", named, epoch_schema())
 
     def close(self) -> None:
         """Close the files; safe to call twice."""
-        self._events.close()
-        self._file.close()
+        with writing(self._folder):
+            self._events.close()
+            self._file.close()
 
 
 def describe_epoch(row: dict[str, Any]) -> str:

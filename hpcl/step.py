@@ -9,8 +9,8 @@ K queue keys, M clusters of a level, C H W image.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from hpcl.dist import World
 from hpcl.losses import info_nce, proto_columns, proto_nce, topk_loss
 from hpcl.model import KeyQueue, MomentumPair
 from hpcl.prototypes import Level
-from hpcl.rng import generator
+from hpcl.rng import generator, seed_of
 from hpcl.stages import StagePlan
 
 SUMS = ("loss", "loss_inst", "loss_proto", "acc_inst", "acc_proto")
@@ -38,8 +38,6 @@ class Step:
         self._config, self._pair, self._queue, self._images, self._world = config, pair, queue, images, world
         self._train_ids = torch.from_numpy(data.train)
         self._shape = data.images.shape[1:]
-        self._mean = torch.from_numpy(data.mean).to(world.device)
-        self._std = torch.from_numpy(data.std).to(world.device)
         precision = config.runtime.precision
         if precision == "auto":
             gpu = world.device.type == "cuda"
@@ -95,7 +93,7 @@ class Step:
         place = torch.arange(len(positions))
         if self._config.moco.shuffle_keys and self._world.size * self._config.model.bn_splits > 1:
             place = torch.randperm(len(positions), generator=generator(seed, "shuffle", view))
-        with self._autocast():
+        with self._forward(seed, "key-layers", view):
             own: Tensor = self._pair.key(self._views(positions, self._own(place), seed, view), use_head=plan.uses_head)
         gathered = self._world.all_gather(own.to(self.dtype))
         keys = torch.empty_like(gathered)
@@ -105,7 +103,7 @@ class Step:
     def _queries(self, net: nn.Module, positions: Tensor, plan: StagePlan, seed: int, view: int) -> Tensor:
         """(b, D) unit query embeddings of this rank's part of the batch."""
         part = self._own(torch.arange(len(positions)))
-        with self._autocast():
+        with self._forward(seed, "query-layers", view):
             out: Tensor = net(self._views(positions, part, seed, view), use_head=plan.uses_head)
         return out.to(self.dtype)
 
@@ -114,7 +112,9 @@ class Step:
         channels, height, width = self._shape
         drawn = draw_views(self._config.augment, len(positions), height, width, channels, generator(seed, "view", view))
         raw = self._images.batch(self._train_ids[positions[part]])
-        out = apply_views(raw, drawn.take(part).to(self._world.device), self._mean, self._std).to(self.dtype)
+        out = apply_views(raw, drawn.take(part).to(self._world.device), self._images.mean, self._images.std).to(
+            self.dtype
+        )
         return out.contiguous(memory_format=torch.channels_last) if out.is_cuda else out
 
     def _losses(self, query: Tensor, key: Tensor, positions: Tensor, levels: list[Level], seed: int) -> list[Tensor]:
@@ -168,7 +168,15 @@ class Step:
         each = len(rows) // self._world.size
         return rows[self._world.rank * each : (self._world.rank + 1) * each]
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._precision == "bf16":
-            return torch.autocast(self._world.device.type, torch.bfloat16)
-        return nullcontext()
+    @contextmanager
+    def _forward(self, seed: int, purpose: str, view: int) -> Iterator[None]:
+        """Autocast where wanted, and a seed for layers that draw (dropout in a user's backbone)."""
+        device, own_seed = self._world.device, seed_of(seed, purpose, view, self._world.rank)
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"),
+        ):
+            torch.default_generator.manual_seed(own_seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(own_seed)
+            yield

@@ -25,14 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcl import metrics
 from hpcl.checkpoint import CHECKPOINT_NAME, config_of, differing_fields, load_checkpoint, save_checkpoint
 from hpcl.config import Config, data_problems
-from hpcl.data import DeviceImages, ImageSet, load
-from hpcl.dist import World, current_world
+from hpcl.data import DeviceImages, load
+from hpcl.dist import current_world
 from hpcl.errors import UserError
 from hpcl.features import FeaturePass
 from hpcl.growth import make_policy
 from hpcl.hierarchy import Hierarchy
+from hpcl.kmeans import nearest_centroid_search
 from hpcl.meters import RunMeters
-from hpcl.model import KeyQueue, MomentumPair, Network, Spaces, build_network
+from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
 from hpcl.prototypes import Level
 from hpcl.results import write_text
 from hpcl.rng import generator, seed_of
@@ -43,7 +44,6 @@ from hpcl.yamlio import dump
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
-Backbone = nn.Module | Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -106,25 +106,23 @@ class Trainer:
         *,
         backbone: Backbone | None = None,
         objective: str | None = None,
-        world: World | None = None,
-        data: ImageSet | None = None,
     ) -> None:
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         self.config, self.folder, self.objective = config, folder, objective
-        self.world = world or current_world(config.runtime.device)
-        self.data = data or load(config.data)
+        self.world = current_world(config.runtime.device)
+        self.data = load(config.data)
         self.num_images = len(self.data.train)
         problems = data_problems(config, self.num_images, self.world.size)
         if problems:
             raise UserError(*(f"{self.data.source}: {problem}" for problem in problems))
-
         device = self.world.device
+        nearest_centroid_search(config.clusters.backend, device)  # is it there? before any training
+
         images = DeviceImages(self.data, device)
         channels, height, width = self.data.images.shape[1:]
-        module = backbone if isinstance(backbone, nn.Module) or backbone is None else backbone()
-        self._backbone_name = None if module is None else type(module).__name__
-        network = build_network(config.model, config.head, channels, config.seed, module, (height, width))
+        network = build_network(config.model, config.head, channels, config.seed, backbone, (height, width))
+        self._backbone_name = None if backbone is None else type(network.backbone).__name__
         self.pair = MomentumPair(network)
         self.queue = KeyQueue(config.moco.queue, config.model.dim)
         self.step = Step(config, self.pair, self.queue, self.data, images, self.world)
@@ -138,7 +136,7 @@ class Trainer:
         self.steps_per_epoch = self.num_images // config.optimizer.batch
         self.hierarchy = Hierarchy(config, self.num_images)
         self.policy = make_policy(config.growth, self.total_epochs, self.hierarchy.maximum)
-        self.passes = FeaturePass(self.data, images, self.world, self.step.dtype)
+        self.passes = FeaturePass(images, self.world, self.step.dtype)
         self.meters = RunMeters(config, self.data, images, self.passes, self.world, self.step.dtype)
         self.rows: list[Row] = []
         """One row per finished epoch."""
@@ -161,10 +159,10 @@ class Trainer:
             for epoch in range(len(self.rows) + 1, self.total_epochs + 1):
                 row = self.train_one_epoch(epoch)
                 self.rows.append(row)
+                if log:  # the checkpoint last: what a crash leaves half written is then written again
+                    log.add(self.rows)
                 if log and row["state"] != "diverged":
                     save_checkpoint(self.folder / CHECKPOINT_NAME, self._state())
-                if log:
-                    log.add(self.rows)
                 self.world.barrier()
                 report(row)
                 if row["state"] == "diverged":
@@ -185,12 +183,13 @@ class Trainer:
         row = {"epoch": epoch, "stage": plan.stage, "state": "running", "world_size": self.world.size}
         row |= self._train_batches(plan, epoch, levels)
         trained = time.perf_counter()
-        if row["loss"] is None:
-            row["state"] = "diverged"
+        if row["loss"] is not None:
+            row |= self._measure(plan, epoch, levels)
+        if row.get("nce_ref") is None:  # a loss or, after the last step, the features are not finite
+            row |= {**dict.fromkeys(SUMS), "state": "diverged"}
         else:
             row |= _describe(levels, previous)
             row |= self._grow(plan, epoch, row)
-            row |= self._measure(plan, epoch, levels)
             if epoch == self.total_epochs:
                 row["state"] = "finished"
                 row["objective"] = self._objective(row)
@@ -360,7 +359,13 @@ class Trainer:
             raise UserError(
                 f"{path}: was trained on other images than {self.data.source} holds now; give another folder"
             )
-        self.pair.load_state_dict(state["pair"])
+        try:
+            self.pair.load_state_dict(state["pair"])
+        except RuntimeError as error:  # only a backbone given in Python can differ under an equal configuration
+            ours = self._backbone_name or self.config.model.backbone
+            raise UserError(
+                f"{path}: belongs to a run with another backbone than this {ours}; give its backbone, or another folder"
+            ) from error
         self.queue.load_state_dict(state["queue"])
         self.policy.load_state_dict(state["growth"])
         self.hierarchy.load_state_dict(state["hierarchy"])

@@ -25,6 +25,7 @@ _MUST = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "text",
+    "string_too_short": "some text",
     "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "a mapping",

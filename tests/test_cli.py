@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
 
+from hpcl.checkpoint import load_checkpoint
 from hpcl.cli import main
 from hpcl.config import Config
 from hpcl.results import read_rows
@@ -111,6 +113,63 @@ def test_a_mistake_is_told_without_a_traceback(
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.backbone=resnet81", "model.backbone is resnet81, but must be one of"),
+        ("runtime.device=cuda", "runtime.device is cuda, but torch sees no GPU"),
+        ("clusters.backend=faiss", "clusters.backend is faiss, but faiss is not installed"),
+        ("model.bn_splits=64", "optimizer.batch is 64, but must leave at least 2 images"),
+    ],
+)
+def test_settings_that_cannot_run_here_are_told_before_training(
+    setting: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    write(tmp_path / "config.yaml", Config.model_validate(TINY))
+    assert (
+        hpcl(monkeypatch, "train", str(tmp_path / "config.yaml"), "--folder", str(tmp_path / "run"), "--set", setting)
+        == 2
+    )
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_places_that_cannot_be_written_are_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    assert hpcl(monkeypatch, "train", str(trained / "config.yaml"), "--folder", str(tmp_path / "file")) == 2
+    assert f"{tmp_path / 'file'}: cannot be written" in capsys.readouterr().err
+    checkpoint, out = trained / "run" / "checkpoint.pt", tmp_path / "file" / "out.pt"
+    assert hpcl(monkeypatch, "export", str(checkpoint), str(out)) == 2
+    assert f"{out}: cannot be written" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_version_is_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    state = load_checkpoint(trained / "run" / "checkpoint.pt")
+    state["config"]["moco"]["gone"] = 1
+    torch.save(state, tmp_path / "old.pt")
+    assert hpcl(monkeypatch, "knn", str(tmp_path / "old.pt")) == 2
+    assert "the checkpoint's configuration: moco.gone: there is no such field" in capsys.readouterr().err
+
+
+def test_a_torn_checkpoint_is_not_trained_over(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole = (trained / "run" / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    assert hpcl(monkeypatch, "train", str(trained / "config.yaml"), "--folder", str(tmp_path)) == 2
+    assert "not a readable checkpoint" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_checkpoint(

@@ -128,6 +128,12 @@ def test_novel_classes_in_a_split_are_mentioned(tmp_path: Path) -> None:
 # --- files that are no good --------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", ["x" * 300, "~nobody-of-this-name/images"])
+def test_a_source_that_cannot_even_be_looked_for(place: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="which cannot be read"):
+        load(Data(source=place), tmp_path)
+
+
 def test_missing_path() -> None:
     assert "data.source is /no/such/place, which does not exist; give mnist5k, a folder" in _problem(
         Data(source="/no/such/place")

@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import hpcl.kmeans
+from hpcl.errors import UserError
 from hpcl.kmeans import KMeans, bounded_kmeans, cluster_means, size_bounds, split_labels
 
 TOLERANCES = [1 / 3, 0.0, 0.1, 1.0, None]
@@ -284,7 +285,7 @@ def test_without_faiss_auto_falls_back_and_faiss_says_what_to_do(monkeypatch: py
     monkeypatch.setattr(builtins, "__import__", no_faiss)
     x = gaussians(60, 4, modes=3, spread=0.5)
     assert_valid(bounded_kmeans(x, 6, tolerance=1 / 3, seed=0, iterations=3), x, 6, 1 / 3)
-    with pytest.raises(ValueError, match="install faiss-cpu"):
+    with pytest.raises(UserError, match="install faiss-cpu"):
         bounded_kmeans(x, 6, tolerance=1 / 3, seed=0, iterations=3, backend="faiss")
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpcl.config import Head, Model
+from hpcl.errors import UserError
 from hpcl.model import KeyQueue, MomentumPair, Network, SplitBatchNorm2d, build_network, unit
 from hpcl.stages import StagePlan
 
@@ -284,7 +285,7 @@ def test_splits_replace_every_batch_norm_and_keep_keys_and_weights() -> None:
 
 def test_a_batch_norm_that_cannot_be_split_is_an_error() -> None:
     own = nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match="bn_splits is 2, but the backbone's layer 2 \\(BatchNorm1d\\)"):
+    with pytest.raises(UserError, match="bn_splits is 2, but the backbone's layer 2 \\(BatchNorm1d\\)"):
         build_network(Model(bn_splits=2), Head(), 1, seed=0, backbone=own)
 
 
@@ -331,7 +332,7 @@ def test_resnet_loads_into_torchvision(channels: int, stem: Any) -> None:
 
 def test_an_unknown_backbone_names_the_nearest() -> None:
     pytest.importorskip("torchvision")
-    with pytest.raises(ValueError, match=r"model.backbone is resnet81, but must be one of .* did you mean resnet18\?"):
+    with pytest.raises(UserError, match=r"model.backbone is resnet81, but must be one of .* did you mean resnet18\?"):
         build_network(Model(backbone="resnet81"), Head(), 3, seed=0)
 
 
@@ -366,8 +367,21 @@ def test_a_backbone_of_your_own_is_measured_copied_and_left_alone() -> None:
     assert torch.equal(lazy.backbone.state_dict()["norm.running_mean"], torch.zeros(3))
 
 
+def test_a_function_that_makes_a_backbone_draws_from_the_seed() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+
+    def weight(seed: int) -> Tensor:
+        torch.rand(1)  # whatever state the global generator is in
+        value: Tensor = build_network(SMALL, Head(), 3, seed, make, (2, 2)).state_dict()["backbone.1.weight"]
+        return value
+
+    assert torch.equal(weight(0), weight(0))
+    assert not torch.equal(weight(0), weight(1))
+
+
 def test_a_backbone_that_returns_maps_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"returns a tensor of shape \(1, 4, 32, 32\).* must return features of shape"):
+    with pytest.raises(UserError, match=r"returns a tensor of shape \(1, 4, 32, 32\).* must return features of shape"):
         build_network(SMALL, Head(), 3, seed=0, backbone=nn.Conv2d(3, 4, 3, padding=1))
 
 

@@ -41,7 +41,7 @@ def test_trial_zero_is_the_default_point() -> None:
     space = make()
     first = search(space).suggest("a")
     assert first == space.default_point()
-    assert first["growth.stages"] == (3, 5) and first["growth.window"] == 2  # the embedded preset's
+    assert first["growth.stages"] == (3, 5) and first["growth.window"] == space.base.growth.window
 
 
 def test_conditions_hold_and_values_stay_in_range() -> None:

@@ -104,6 +104,8 @@ def test_states_and_reasons(found: Found) -> None:
     for trial in of_kind(found, "mistake"):
         assert (trial["state"], trial["epochs"]) == ("failed", 0)
         assert trial["stop_reason"] == "the data do not fit; choose others"
+        error = (found.folder / "trials" / trial["trial_id"] / "error.txt").read_text()
+        assert error == "the data do not fit; choose others\n"  # a mistake of the user: no traceback
     for trial in of_kind(found, "diverges"):
         assert (trial["state"], trial["stop_reason"]) == ("diverged", "epoch 4: the loss is not finite")
     for kind in ("plain", "late", "dies"):

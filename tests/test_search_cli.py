@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from hpcl.errors import UserError
 from hpcl.search import cli
+from hpcl.search.space import from_tree, load, with_overrides
+from hpcl.yamlio import read_tree
 
 ROOT = Path(__file__).parents[1]
 SMOKE = str(ROOT / "search_spaces" / "smoke.yaml")
@@ -43,8 +50,13 @@ def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (["--space", SMOKE, "--set", "nonsense"], "path=value"),
         (["--space", SMOKE, "--trials", "0"], "--trials 0"),
         (["--space", SMOKE, "--name", "a/b", "--dry-run"], "--name a/b"),
+        (
+            ["--space", SMOKE, "--results", str(ROOT), "--name", "a" * 300, "--dry-run"],
+            "cannot be made (File name too long)",
+        ),
         (["--space", SMOKE, "--set", "resources.cpus_per_worker=99999", "--dry-run"], "1 x 99999 CPUs = 99999"),
         (["--space", SMOKE, "--assume-gpus", "2"], "--dry-run"),
+        (["--space", SMOKE, "--dry-run", "--assume-gpus", "-1"], "--assume-gpus -1"),
         (["--space", SMOKE, "--dry-run", "--address", "auto"], "--address"),
     ],
 )
@@ -56,11 +68,87 @@ def test_a_users_mistake_exits_2_without_a_traceback(
     assert words in err and "Traceback" not in err
 
 
-def test_an_existing_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_existing_name_is_refused(dry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")
     (tmp_path / "old").mkdir()
-    assert cli.main(["--space", SMOKE, "--results", str(tmp_path), "--name", "old"]) == 2
+    assert cli.main(["--space", SMOKE, "--results", str(tmp_path), "--name", "old", *dry]) == 2
     assert "--name" in capsys.readouterr().err
+
+
+def test_the_plan_says_that_images_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--space", SMOKE, "--dry-run", "--data", "nowhere"]) == 0
+    assert "there are no images at nowhere here" in capsys.readouterr().out
+
+
+def test_an_address_where_no_cluster_answers_is_refused_at_once() -> None:
+    pytest.importorskip("ray")
+    from hpcl.search.cluster import _free_port, connected
+
+    for address in (f"127.0.0.1:{_free_port()}", "nonsense"):
+        with pytest.raises(UserError, match=f"--address {address}: no Ray cluster answers there"), connected(address):
+            pass
+
+
+def test_labels_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
+    runner = pytest.importorskip("hpcl.search.runner")
+    from PIL import Image
+
+    for number in range(40):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    text = (
+        "base: {optimizer: {batch: 8}, moco: {queue: 8}, meters: {reference_clusters: 4}}\n"
+        "space: {clusters.first: {int: [2, 4]}}\nsearch: {metric: METRIC, objective: OBJECTIVE}"
+    )
+
+    def look(metric: str, objective: str) -> str:
+        tree = read_tree(text.replace("METRIC", metric).replace("OBJECTIVE", objective), "s.yaml")
+        line: str = runner.look_at_data(with_overrides(from_tree(tree), data=str(tmp_path)))
+        return line
+
+    assert "40 images 1x8x8, unlabelled" in look("nce_ref", "auto")
+    with pytest.raises(UserError) as caught:
+        look("knn", "linear")
+    assert [problem.partition(", but")[0] for problem in caught.value.problems] == [
+        f"{tmp_path}: s.yaml:3:18: search.metric is knn",
+        f"{tmp_path}: s.yaml:3:34: search.objective is linear",
+    ]
+
+
+def test_images_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = pytest.importorskip("hpcl.search.runner")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "mnist5k").mkdir()  # the embedded images, whatever lies here
+    for source, full in (("images", str(tmp_path / "images")), ("mnist5k", "mnist5k"), ("none", "none")):
+        assert runner.with_full_path(with_overrides(load(SMOKE), data=source)).base.data.source == full
+
+
+def test_the_next_command_can_be_pasted() -> None:
+    runner = pytest.importorskip("hpcl.search.runner")
+    space = load(SMOKE)
+    row = {"trial_id": "a", "number": 0, "state": "finished", "objective": 0.5}
+    folder = Path("results/two words").resolve()
+    found = runner.Found(folder, [row], [], row, space.base, "linear probe", 75.0, False)
+    text = cli.summary(space, found)
+    assert "best     trial a with linear probe 0.5" in text
+    assert shlex.split(text.splitlines()[-1])[-1].endswith("results/two words/best.yaml")
+    other = {"trial_id": "b", "number": 1, "state": "finished", "objective": 0.75}
+    better = cli.summary(space, dataclasses.replace(found, trials=[row, other], best_trial=other))
+    assert "base     trial a (number 0): linear probe 0.5" in better
+    stopped = {**row, "state": "stopped", "stop_reason": "epoch 8: too low", "objective": None}
+    better = cli.summary(space, dataclasses.replace(found, trials=[stopped, other], best_trial=other))
+    assert "base     trial a (number 0): stopped, epoch 8: too low" in better
+    none = cli.summary(space, dataclasses.replace(found, best_trial=None, best=None))
+    assert "no finished trial has a value of linear probe" in none
+
+
+def test_sigterm_ends_a_search_as_ctrl_c_does() -> None:
+    runner = pytest.importorskip("hpcl.search.runner")
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), runner._ended_by_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_interrupt_before_the_first_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from hpcl import presets
 from hpcl.config import Config, data_problems
 from hpcl.errors import ConfigError
 from hpcl.search import space as spaces
+from hpcl.search.check import space_problems
 from hpcl.search.params import CURVES, Choice, Float, Int, Resources, Search, better_end, same
 from hpcl.stages import stage_lengths
 from hpcl.yamlio import dump, read_tree, write
@@ -291,7 +292,7 @@ def test_the_search_is_checked_against_the_base() -> None:
     assert "knn_every is 0" in problems_of(fields, base=never, rest="search: {metric: knn}")[0]
     assert "number of workers (3)" in problems_of(fields, rest="resources: {workers: 3}")[0]
     batches = "optimizer.batch: {choice: [128, 64]}"
-    assert "number of workers (128)" in problems_of(batches, rest="resources: {workers: 128}")[0]
+    assert "number of workers (128)" in " ".join(problems_of(batches, rest="resources: {workers: 128}"))
     for gpus in ("1.5", "0.001", "-1"):
         assert "resources.gpus_per_worker" in problems_of(fields, rest=f"resources: {{gpus_per_worker: {gpus}}}")[0]
 
@@ -319,6 +320,21 @@ def test_set_changes_config_search_and_resources() -> None:
         spaces.apply_overrides(space, ["optimizer.batch=100"])
     with pytest.raises(ConfigError, match=r"search\.traisl: there is no such field"):
         spaces.apply_overrides(space, ["search.traisl=3"])
+    with pytest.raises(ConfigError, match="--set search=3: search: there is no such field"):
+        spaces.apply_overrides(space, ["search=3"])
+
+
+def test_with_the_data_every_searched_value_is_checked_against_their_number() -> None:
+    space = read("moco.queue: {choice: [1024, 2048]}\nclusters.first: {int: [2, 3000]}")
+    assert space_problems(space, rules=True, images=4096) == []
+    assert space_problems(space, rules=True, images=2050) == [
+        "s.yaml:3:31: moco.queue is 2048, but may be at most half of the 2050 training images (choice 2 of moco.queue)",
+        "s.yaml:4:29: clusters.first is 3000, but there are only 2050 training images (high end of clusters.first)",
+    ]
+    queue = read("topk.k: {int: [1, 3]}", base="{preset: embedded, moco: {queue: 2048}}")
+    assert space_problems(queue, rules=True, images=2050) == [
+        "s.yaml:1:40: moco.queue is 2048, but may be at most half of the 2050 training images"
+    ]
 
 
 def test_a_change_of_the_base_is_checked_with_the_searched_fields() -> None:
@@ -352,7 +368,7 @@ def test_flags() -> None:
         ({"epochs": 0}, "--epochs 0: stages.total is 0, but must be >= 1"),
         ({"workers": 3}, "--workers 3: "),
         ({"gpus_per_worker": "many"}, "--gpus-per-worker many: resources.gpus_per_worker is many, but must be"),
-        ({"name": "a/b"}, "--name a/b: must be the name of a folder"),
+        ({"name": "a/b"}, "--name a/b: must be text that can name a folder"),
         ({"seed": -1}, "--seed -1: seed is -1, but must be >= 0"),
     ):
         with pytest.raises(ConfigError) as caught:

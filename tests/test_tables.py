@@ -73,10 +73,12 @@ def test_best_by_the_probe_then_by_the_metric(tmp_path: Path) -> None:
     assert made.best() is None
     finish(made, "a", 0, acc_proto_ref=0.9)
     assert made.best() == made.trials["a"] and made.trials["a"]["objective"] == 0.9
+    assert made.chosen_by() == "acc_proto_ref"  # the fallback is called by its name
     finish(made, "b", 1, acc_proto_ref=0.1, objective=0.6)
     finish(made, "c", 2, acc_proto_ref=0.1, objective=0.7)
     finish(made, "d", 3, acc_proto_ref=0.1, objective=0.7)
-    assert made.best() == made.trials["c"]
+    assert made.best() == made.trials["c"] and made.chosen_by() == "linear probe"
+    assert tables(tmp_path, "nce_ref").chosen_by() == "nce_ref"
 
 
 @pytest.mark.parametrize(("objective", "metric"), [("nce_ref", "acc_proto_ref"), ("auto", "nce_ref")])
@@ -94,3 +96,24 @@ def test_only_finished_trials_have_an_objective(tmp_path: Path) -> None:
     finish(made, "b", 1, objective=0.9)
     made.end("b", "stopped", "epoch 1: why")
     assert made.best() == made.trials["a"] and made.trials["b"]["objective"] is None
+
+
+def test_the_time_left_follows_the_epochs(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from hpcl.search.plan import Node, make_plan
+    from hpcl.search.progress import Follow
+
+    made = tables(tmp_path)
+    space = from_tree(read_tree(SPACE.replace("METRIC", "nce_ref").replace("OBJECTIVE", "auto")))  # 16 trials of 20
+    plan = make_plan(space, [Node(2)], cluster="x", folder=tmp_path)
+    follow = Follow(made, plan, {}, {}, say=lambda line: None)
+    assert follow.epochs_left() == pytest.approx(plan.epochs_expected)
+    made.begin("a", 0, {})
+    made.add("a", {"epoch": 8})
+    made.end("a", "stopped", "why")
+    mean = (plan.epochs_expected / 16 + 8) / 2
+    assert follow.epochs_left() == pytest.approx(15 * mean)
+    made.begin("b", 1, {})
+    made.add("b", {"epoch": 18})
+    assert follow.epochs_left() == pytest.approx(14 * mean + 1)  # beyond the mean: half of what it may still train
+    assert " left" in follow.overview() and "1 running, 1 of 16 ended" in follow.overview()

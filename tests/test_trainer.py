@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hpcl.checkpoint import load_checkpoint
 from hpcl.config import Config
+from hpcl.data import DeviceImages, load
+from hpcl.dist import World
 from hpcl.errors import UserError
+from hpcl.features import FeaturePass
 from hpcl.kmeans import size_bounds
+from hpcl.model import build_network
 from hpcl.results import EPOCH_COLUMNS, TIME_COLUMNS, read_rows
+from hpcl.step import Step
 from hpcl.trainer import Trainer, fit
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
@@ -140,6 +148,59 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tiny: Config, tmp_pa
     assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == len(rows) - 1
 
 
+def test_features_that_are_not_finite_after_the_last_step_are_a_divergence(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, steps = Step.take, []
+
+    def poisoned(step: Step, net: torch.nn.Module, *arguments: Any) -> torch.Tensor:
+        sums = take(step, net, *arguments)
+        steps.append(1)
+        if len(steps) == 8 * (NUM_IMAGES // 64):  # the run's last step; its loss is finite
+            torch.nn.init.constant_(next(net.parameters()), torch.inf)
+        return sums
+
+    monkeypatch.setattr(Step, "take", poisoned)
+    last = fit(tiny, tmp_path).rows[-1]
+    assert (last["epoch"], last["state"], last["loss"], last.get("objective")) == (8, "diverged", None, None)
+    assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == 7
+
+
+def test_a_run_killed_while_it_writes_its_last_epoch_ends_with_a_whole_table(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("hpcl.runlog.write_table", "hpcl.trainer.save_checkpoint"):
+        with monkeypatch.context() as patch:
+            report = lambda row: patch.setattr(name, killed) if row["epoch"] == 4 else None  # noqa: B023, E731
+            with pytest.raises(KeyboardInterrupt):
+                fit(tiny.with_values({"stages.total": 5}), tmp_path / name, report=report)
+        rows = fit(tiny.with_values({"stages.total": 5}), tmp_path / name).rows
+        assert [row["epoch"] for row in read_rows(tmp_path / name / "epochs.parquet")] == [1, 2, 3, 4, 5]
+        assert rows[-1]["state"] == "finished"
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tiny: Config, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row: dict[str, Any]) -> None:
+        if (
+            row["epoch"] == 2
+        ):  # from here on a write beyond so many bytes fails: the table fits, the checkpoint does not
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, limits[1]))
+
+    try:
+        with pytest.raises(UserError, match=r"checkpoint.pt: cannot be written \(.*\); free space there"):
+            fit(tiny, tmp_path, report=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == 2
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+    assert fit(tiny, tmp_path).rows[-1]["state"] == "finished"
+
+
 def test_a_folder_of_another_run_is_refused(tiny: Config, tmp_path: Path) -> None:
     short = tiny.with_values({"stages.total": 5})
     fit(short, tmp_path)
@@ -147,6 +208,8 @@ def test_a_folder_of_another_run_is_refused(tiny: Config, tmp_path: Path) -> Non
         fit(short.with_values({"clusters.first": 3}), tmp_path)
     other = short.with_values({"runtime.threads": None})  # where it runs is no part of what it is
     assert len(fit(other, tmp_path).rows) == 5
+    with pytest.raises(UserError, match="another backbone than this Sequential"):
+        fit(short, tmp_path, backbone=_dropping)
 
 
 def test_settings_that_do_not_fit_the_data_are_all_named(tiny: Config, tmp_path: Path) -> None:
@@ -169,7 +232,8 @@ def test_settings_that_do_not_fit_the_data_are_all_named(tiny: Config, tmp_path:
         {"model.bn_splits": 4, "clusters.levels": 1, "clusters.warm": False},
         {"clusters.size_tolerance": None, "clusters.space": "embedding", "clusters.backend": "torch"},
         {"clusters.first": 30, "clusters.levels": 3, "clusters.maximum": 40, "augment.blur": 1.0},
-        {"runtime.precision": "bf16", "meters.knn_every": 0, "stages.stage1.epochs": 0},
+        {"clusters.first": 300, "clusters.maximum": 1000, "growth.policy": "fixed", "growth.hold": 1},
+        {"runtime.precision": "bf16", "model.bn_splits": 2, "meters.knn_every": 0, "stages.stage1.epochs": 0},
         {
             "model.backbone": "resnet18",
             "model.stem": "imagenet",
@@ -195,6 +259,53 @@ def test_a_users_backbone(tiny: Config, tmp_path: Path) -> None:
     assert run.rows[-1]["state"] == "finished"
 
 
+def _dropping() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 24), torch.nn.Dropout(0.5))
+
+
+def test_a_backbone_that_draws_is_a_function_of_the_seed(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.with_values({"stages.total": 5})
+    whole = fit(config, tmp_path / "whole", backbone=_dropping).rows
+    torch.rand(3)  # whatever state the global generator is in
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, tmp_path / "resumed", backbone=_dropping, report=stop)
+    assert timeless(fit(config, tmp_path / "resumed", backbone=_dropping).rows) == timeless(whole)
+
+
+@pytest.mark.parametrize("objective", ["auto", None])
+def test_unlabelled_images_train_without_what_needs_labels(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str | None
+) -> None:
+    monkeypatch.setenv("HPCL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(80):
+        pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    values = {"data.source": str(tmp_path / "images"), "data.subset": 1.0, "data.size": 16, "stages.total": 5}
+    config = tiny.with_values({**values, "optimizer.batch": 20, "moco.queue": 40})
+    rows = fit(config, tmp_path / "run", objective=objective).rows
+    assert rows[-1]["state"] == "finished"
+    assert {(row["knn"], row.get("objective")) for row in rows} == {(None, None)}
+    assert all(row["acc_proto_ref"] is not None for row in rows)
+
+
+def test_a_rank_without_a_row_of_its_own_takes_part(tiny: Config) -> None:
+    class Second(World):  # of two ranks; only one row to share
+        def gather_shards(self, x: torch.Tensor, count: int) -> torch.Tensor:
+            return x
+
+    data, world = load(tiny.data), Second(1, 2, torch.device("cpu"))
+    passes = FeaturePass(DeviceImages(data, "cpu"), world, torch.float32)
+    network = build_network(tiny.model, tiny.head, 1, 0)
+    assert [len(part) for part in passes.of_images(network, data.val[:1], use_head=True)] == [0, 0, 0]
+
+
 def _train_rank(rank: int, size: int, folder: Path, config: Config) -> None:
     """One of `size` gloo processes; rank 0 writes its rows."""
     import torch.distributed as dist
@@ -208,11 +319,18 @@ def _train_rank(rank: int, size: int, folder: Path, config: Config) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("precision", "rtol"), [("fp64", 1e-9), ("fp32", 1e-4)])
+@pytest.mark.parametrize(
+    ("precision", "rtol", "changes"),
+    [
+        ("fp64", 1e-9, {"moco.shuffle_keys": False, "stages.total": 6}),
+        ("fp64", 1e-9, {"moco.symmetric": True, "head.attach": "replace", "stages.total": 5}),
+        ("fp32", 1e-4, {"moco.shuffle_keys": False}),
+    ],
+)
 def test_two_ranks_equal_one_with_two_batchnorm_splits(
-    tiny: Config, tmp_path: Path, precision: str, rtol: float
+    tiny: Config, tmp_path: Path, precision: str, rtol: float, changes: dict[str, Any]
 ) -> None:
-    shared = {"runtime.precision": precision, "moco.shuffle_keys": False, "stages.total": 6}
+    shared = {"runtime.precision": precision, **changes}
     if precision == "fp32":  # rounding grows with every step: three epochs, one switch
         shared |= {"stages.total": None} | {f"stages.stage{s}.epochs": e for s, e in enumerate((1, 1, 1, 0, 0), 1)}
     workers = [

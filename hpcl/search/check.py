@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     from hpcl.search.space import Space
 
 _ENDLESS = 10**12
-"""Number of training images that no rule of `data_problems` finds too small: the data are not read here."""
+"""Number of training images that no rule of `data_problems` finds too small, for before the data are read."""
+
+Wrong = list[tuple[tuple[TreePath, ...], str]]
+Check = Callable[[dict[str, Any]], Wrong]
 
 _NOT_SEARCHED = {
     "seed": "all trials use the same seed, so that they differ in nothing but the searched fields",
@@ -27,12 +32,13 @@ _NOT_SEARCHED = {
 }
 
 
-def space_problems(space: Space, *, rules: bool) -> list[str]:
+def space_problems(space: Space, *, rules: bool, images: int = _ENDLESS) -> list[str]:
     """Every problem of a space, each beginning with its place in the file.
 
     Args:
         space: the space, not yet known to be right.
         rules: also check what depends on more than one field; False where the base is not valid.
+        images: number of training images, where the data have been read.
     """
     known = field_paths(Config)
     problems: list[str] = []
@@ -45,12 +51,15 @@ def space_problems(space: Space, *, rules: bool) -> list[str]:
     problems += _cycles(space, sound)
     if problems and rules:
         rules = False  # a field that is wrong in itself would be reported once more by each rule
-    before = _config_problems(space, {}) if rules else []
-    problems += [f"{space.tree.where(('resources', 'workers'), ('base',))}: {text}" for _, text in before]
+    wrong = partial(_config_problems, space, images)
+    before = wrong({}) if rules else []
+    for _, text in before:  # each begins with a field
+        field = ("base", *text.partition(" ")[0].split("."))
+        problems.append(f"{space.tree.where(field)}: {text}")
     for path, param in sound.items():
-        problems += _value_problems(space, path, param, rules, {text for _, text in before})
+        problems += _value_problems(space, path, param, rules, {text for _, text in before}, wrong)
     if rules and not problems:
-        problems = _pair_problems(space) or _corner_problems(space)
+        problems = _pair_problems(space, wrong) or _corner_problems(space, wrong)
         problems += _search_problems(space)
     return list(dict.fromkeys(problems))
 
@@ -130,7 +139,7 @@ def _cycles(space: Space, params: dict[str, Param]) -> list[str]:
     return []
 
 
-def _config_problems(space: Space, values: dict[str, Any]) -> list[tuple[tuple[TreePath, ...], str]]:
+def _config_problems(space: Space, images: int, values: dict[str, Any]) -> Wrong:
     """(paths, text) of what is wrong with the base with these values put in."""
     try:
         config = space.base.with_values(values)
@@ -139,11 +148,11 @@ def _config_problems(space: Space, values: dict[str, Any]) -> list[tuple[tuple[T
         return [(problem.paths, problem.text) for problem in validation_problems(error, Config)]
     except ValueError as error:
         return [(((),), str(error))]
-    texts = data_problems(config, _ENDLESS, space.resources.workers)
+    texts = data_problems(config, images, space.resources.workers)
     return [(((),), text) for text in texts] if sum(lengths) else []
 
 
-def _value_problems(space: Space, path: str, param: Param, rules: bool, known: set[str]) -> list[str]:
+def _value_problems(space: Space, path: str, param: Param, rules: bool, known: set[str], wrong: Check) -> list[str]:
     """What is wrong with single values of a field, at the value's place in the file."""
     problems: list[str] = []
     own: TreePath = tuple(path.split("."))
@@ -154,7 +163,7 @@ def _value_problems(space: Space, path: str, param: Param, rules: bool, known: s
             where = space.tree.where(("space", path, "when"), key=True)
             return [f"{where}: {path} would never be sampled: its conditions exclude each other"]
         last = i == len(grid) - 1
-        for paths, text in _config_problems(space, values):
+        for paths, text in wrong(values):
             if text in known or not (rules or paths[0][: len(own)] == own):
                 continue
             place = i if isinstance(param, Choice) else int(last)
@@ -171,13 +180,13 @@ def _value_problems(space: Space, path: str, param: Param, rules: bool, known: s
     return problems
 
 
-def _pair_problems(space: Space) -> list[str]:
+def _pair_problems(space: Space, wrong: Check) -> list[str]:
     """What is wrong with two values together that are right alone; one sentence per pair of fields."""
     problems = []
     for (a, first), (b, second) in itertools.combinations(space.params.items(), 2):
         for x, y in itertools.product(first.ends(), second.ends()):
             values = with_parents(space, {a: x, b: y})
-            found = _config_problems(space, values) if values is not None else []
+            found = wrong(values) if values is not None else []
             if found:
                 where = space.tree.where(("space", b), key=True)
                 problems.append(f"{where}: {found[0][1]} (with {a} {show(x)} and {b} {show(y)}, which may meet)")
@@ -185,7 +194,7 @@ def _pair_problems(space: Space) -> list[str]:
     return problems
 
 
-def _corner_problems(space: Space) -> list[str]:
+def _corner_problems(space: Space, wrong: Check) -> list[str]:
     """What is wrong with trial 0, and with all fields at their low or all at their high ends."""
     corners: dict[str, dict[str, Any]] = {"trial 0": space.default_point()}
     for i, name in ((0, "all low ends or first choices together"), (-1, "all high ends or last choices together")):
@@ -195,7 +204,7 @@ def _corner_problems(space: Space) -> list[str]:
         corners[name] = {path: value for path, value in values.items() if space.is_active(path, values)}
     problems = []
     for name, values in corners.items():
-        found = _config_problems(space, values)
+        found = wrong(values)
         problems += [f"{space.tree.where(('space',))}: {text} ({name})" for _, text in found]
     return problems
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
+import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     0: a best configuration was found; 1: no trial finished; 2: a mistake of the user;
-    130: interrupted.
+    130: interrupted (Ctrl-C or SIGTERM).
     """
     options = _parser().parse_args(argv)
     try:
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before the first trial", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     print(summary(space, found), flush=True)
     if found.interrupted:
@@ -48,28 +47,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary(space: Space, found: Found) -> str:
     """What a search found, where everything lies, and the next command."""
+    from hpcl.search.plan import shown
     from hpcl.search.progress import duration
     from hpcl.search.runner import first_error
     from hpcl.validation import show
 
-    states = [(found.count(s), s) for s in ("finished", "stopped", "failed", "diverged", "running")]
-    counts = ", ".join(f"{n} {'cut short' if s == 'running' else s}" for n, s in states if n)
+    counts = ", ".join(f"{n} {'cut short' if s == 'running' else s}" for s, n in found.states.items() if n)
     possible = space.search.trials * space.epochs
-    folder = _shown(found.folder)
+    folder = shown(found.folder)
     lines = [
         "",
         f"{'interrupted' if found.interrupted else 'done'} after {duration(found.seconds)}: {len(found.trials)} of "
         f"{space.search.trials} trials ({counts or 'none ended'}), {len(found.epochs)} of {possible} epochs trained",
     ]
     if found.best_trial is None or found.best is None:
-        lines.append("no trial finished its schedule, so there is no best configuration")
+        finished = found.count("finished")
+        why = f"no finished trial has a value of {found.chosen_by}" if finished else "no trial finished its schedule"
+        lines.append(f"{why}, so there is no best configuration")
         if error := first_error(found):
             lines += ["the first failed trial:", "", error.rstrip(), ""]
         lines.append(f"results  {folder}")
         return "\n".join(lines)
     best = found.best_trial
-    chosen = {"auto": "objective", "linear": "linear probe"}.get(space.search.objective, space.search.objective)
-    lines.append(f"best     trial {best['trial_id']} with {chosen} {best['objective']:.4g}")
+    lines.append(f"best     trial {best['trial_id']} with {found.chosen_by} {best['objective']:.4g}")
+    if base_trial := next((t for t in found.trials if t["number"] == 0 and t is not best), None):
+        reached = f"{found.chosen_by} {base_trial['objective']:.4g}" if base_trial["objective"] is not None else "none"
+        came_to = (
+            reached if base_trial["state"] == "finished" else f"{base_trial['state']}, {base_trial['stop_reason']}"
+        )
+        lines.append(f"base     trial {base_trial['trial_id']} (number 0): {came_to}")
     values = {path: found.best.at(path) for path in space.params}
     active = [path for path in space.params if space.is_active(path, values)]
     width = max(len(path) for path in active)
@@ -79,7 +85,7 @@ def summary(space: Space, found: Found) -> str:
         lines.append(f"           {path:<{width}}  {show(value)}{note}")
     lines += [
         f"results  {folder}  (trials.parquet, epochs.parquet, best.yaml, trials/{best['trial_id']}/)",
-        f"next     hpcl train {folder / 'best.yaml'}",
+        f"next     hpcl train {shlex.quote(str(folder / 'best.yaml'))}",
     ]
     return "\n".join(lines)
 
@@ -96,7 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="SOURCE", help="images, in place of the file's data.source")
     add("--trials", type=int, metavar="N", help="trials in all")
     add("--name", help="name of the results folder; default: the space's name and the time")
-    add("--results", type=Path, default=Path("results"), metavar="FOLDER", help="folder of all results (%(default)s)")
+    add(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="FOLDER",
+        help="folder of all results (default: %(default)s)",
+    )
     add("--address", metavar="ADDRESS", help="running Ray cluster, such as auto; default: Ray on this machine")
     add("--seed", type=int, metavar="N", help="seed of the sampler and of the trials")
     add("--workers", type=int, metavar="N", help="processes that train one trial together")
@@ -113,6 +125,8 @@ def _space(options: argparse.Namespace) -> Space:
 
     if options.assume_gpus is not None and not options.dry_run:
         raise UserError("--assume-gpus only plans; use it with --dry-run")
+    if options.assume_gpus is not None and options.assume_gpus < 0:
+        raise UserError(f"--assume-gpus {options.assume_gpus}: must be >= 0")
     if options.dry_run and options.address:
         raise UserError("--address: --dry-run plans for this machine without Ray; leave one of them out")
     space = with_overrides(
@@ -130,15 +144,9 @@ def _space(options: argparse.Namespace) -> Space:
 
 def _dry_run(space: Space, options: argparse.Namespace) -> int:
     from hpcl.search.machine import local_node
-    from hpcl.search.plan import make_plan, render
+    from hpcl.search.plan import make_plan, render, results_folder
 
-    folder = options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = results_folder(space, options.name, options.results)
     cluster = "this machine" if options.assume_gpus is None else f"this machine, assuming {options.assume_gpus} GPUs"
     print(render(make_plan(space, [local_node(options.assume_gpus)], cluster=cluster, folder=folder)))
     return 0
-
-
-def _shown(path: Path) -> Path:
-    """The path as short as the current folder allows."""
-    relative = Path(os.path.relpath(path))
-    return path if relative.parts[:1] == ("..",) else relative

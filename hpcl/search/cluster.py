@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hpcl.errors import UserError
+
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Trials stay in the folder where the search was started, so that relative data paths hold.
@@ -42,6 +44,9 @@ def connected(address: str | None = None, *, workers: int = 1) -> Iterator[list[
             A connection that exists already is used and left open.
         workers: workers per trial; several need Ray's dashboard process, which answers
             the question whether a stopped trial's workers still hold their place.
+
+    Raises:
+        UserError: no cluster answers at this address.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -69,7 +74,15 @@ def connected(address: str | None = None, *, workers: int = 1) -> Iterator[list[
         options |= {"address": address, "runtime_env": {"env_vars": {k: os.environ[k] for k in _SETTINGS}}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init(**options)
+        try:
+            if address is not None:
+                _knock(address)
+            ray.init(**options)
+        except (OSError, ValueError) as error:  # a ConnectionError is an OSError
+            if address is None:
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"--address {address}: no Ray cluster answers there ({reason})") from None
     try:
         yield _nodes()
     finally:
@@ -117,6 +130,13 @@ def _own_paths() -> list[str]:
     libraries = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     folders = [Path(path).absolute() for path in sys.path]
     return [str(path) for path in folders if path.is_dir() and not str(path).startswith(libraries)]
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once where nothing listens at host:port; Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():  # `auto` is Ray's to resolve
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _free_port() -> int:

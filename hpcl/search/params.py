@@ -192,8 +192,6 @@ class Search(Section):
     factor: Annotated[int, Field(ge=2)] = 2
     """ASHA's reduction factor: at a rung about 1 in `factor` trials goes on, and the next rung
     stands at `factor` times the epoch."""
-    brackets: Literal[1] = 1
-    """ASHA's brackets; more than one did not pay in the comparisons we know and is not offered."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampler; the trials' own seed is `seed` of the configuration."""
     startup: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -8,14 +8,16 @@ and so does this file, so that 0.1 fits ten times into 1.
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcl.errors import ConfigError
+from hpcl.errors import ConfigError, UserError
 from hpcl.search.params import PROTOTYPE_CURVES, Choice, Param, Resources
-from hpcl.search.space import Space
+from hpcl.search.space import Space, with_overrides
 from hpcl.stages import stage_lengths
 from hpcl.validation import show
 
@@ -195,6 +197,28 @@ def make_plan(space: Space, nodes: Sequence[Node], *, cluster: str, folder: Path
     )
 
 
+def results_folder(space: Space, name: str | None, results: str | Path) -> Path:
+    """The results folder of a search to be, ``<results>/<name>``; without a name the space's and the time.
+
+    Raises:
+        UserError: there is such a folder, or there can be none.
+    """
+    if name is not None:
+        with_overrides(space, name=name)
+    folder = Path(results).expanduser().resolve() / (name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        taken = folder.exists()
+    except OSError as error:  # a name of 300 letters
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}); choose another with --results or --name"
+        ) from None
+    if taken:
+        raise UserError(
+            f"{folder}: there are results of this name already; give another with --name, or remove the folder"
+        )
+    return folder
+
+
 def render(plan: Plan) -> str:
     """The plan as text, as `--dry-run` prints it."""
     space, search, room = plan.space, plan.space.search, plan.concurrency
@@ -218,16 +242,25 @@ def render(plan: Plan) -> str:
         ("at a time", f"{_count(room.trials, 'trial')} of {each} (for {plan.cluster})"),
         ("stopped by", f"ASHA on {search.metric} ({end} is better)" if plan.rungs else "nothing"),
         ("rungs", stops),
-        ("sampler", f"trial 0 is the base, then random, TPE after {plan.startup} finished trials; seed {search.seed}"),
+        (
+            "sampler",
+            f"trial 0 is the base, then random, TPE after {_count(plan.startup, 'finished trial')}; seed {search.seed}",
+        ),
         ("winner", f"among finished trials: {winner}"),
         ("epochs", f"at most {plan.epochs_at_most}, expected about {round(plan.epochs_expected)}"),
-        ("results", f"{plan.folder}"),
+        ("results", f"{shown(plan.folder)}"),
     ]
     lines = [f"search {space.name}: {_count(len(space.params), 'field')} searched", ""]
     lines += _table([("field", "values", "scale", "trial 0"), *_param_rows(space)])
     lines += ["", *(f"{name:<11}{text}" for name, text in rows)]
     lines += [f"note       {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def shown(path: Path) -> Path:
+    """The path as short as the current folder allows."""
+    relative = Path(os.path.relpath(path))
+    return path if relative.parts[:1] == ("..",) else relative
 
 
 def describe_nodes(nodes: Sequence[Node]) -> str:
@@ -282,6 +315,9 @@ def _notes(space: Space, decided: Sequence[int]) -> tuple[str, ...]:
         f"{path} is {show(base)} in the base, which the space does not contain: trial 0 takes {show(value)}"
         for path, base, value in space.default_notes()
     ]
+    source = space.base.data.source
+    if source != "mnist5k" and not Path(source).expanduser().exists():
+        notes.append(f"there are no images at {source} here; --data says where yours are")
     first = stage_lengths(space.base.stages)[0]
     early = [rung for rung in decided if rung <= first]
     if early and space.search.metric in PROTOTYPE_CURVES:

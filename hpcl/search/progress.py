@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from hpcl.results import write_text
+from hpcl.search.plan import Plan
 from hpcl.search.tables import Row, Tables
 from hpcl.search.trial import ERROR_FILE
 
@@ -34,26 +35,24 @@ class Follow(tune.Callback):
 
     Args:
         tables: where rows go.
-        folder: ``results/<name>``.
+        plan: the search.
         reasons: trial id -> why ASHA stopped it; the scheduler fills it.
         numbers: trial id -> its place in the order of drawing; the sampler fills it.
-        asked: trials in all.
         say: prints one line.
     """
 
     def __init__(
         self,
         tables: Tables,
-        folder: Path,
+        plan: Plan,
         reasons: Mapping[str, str],
         numbers: Mapping[str, int],
         *,
-        asked: int,
         say: Callable[[str], None] = say,
     ) -> None:
-        self._tables, self._folder = tables, folder
+        self._tables, self._plan, self._say = tables, plan, say
         self._reasons, self._numbers = reasons, numbers
-        self._asked, self._say = asked, say
+        self._asked = plan.space.search.trials
         self._started = self._said = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -77,7 +76,7 @@ class Follow(tune.Callback):
         elif (trial.last_result or {}).get("state") == "failed":
             self._ended(self._tables.end(trial_id, "failed", self._error(trial)))
         elif state == "finished":
-            self._ended(self._tables.end(trial_id, "finished", f"finished its {row['epochs']} epochs"))
+            self._ended(self._tables.end(trial_id, "finished", f"all {row['epochs']} epochs trained"))
         elif state == "diverged":
             self._ended(self._tables.end(trial_id, "diverged", f"epoch {row['epochs']}: the loss is not finite"))
         else:
@@ -93,9 +92,6 @@ class Follow(tune.Callback):
             self._said = time.monotonic()
             self._say(self.overview())
 
-    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        self._tables.write()
-
     def overview(self) -> str:
         """One line on the whole search: running, ended, best so far, elapsed, time left."""
         tables, elapsed = self._tables, time.monotonic() - self._started
@@ -106,11 +102,21 @@ class Follow(tune.Callback):
         if best:
             parts.append(f"best so far {best['objective']:.4g} ({best['trial_id']})")
         parts.append(f"{duration(elapsed)} elapsed")
-        if ended:
-            # Running trials count as half done.
-            left = elapsed / (ended + running / 2) * (self._asked - ended - running / 2)
-            parts.append(f"about {duration(left)} left")
+        if tables.epochs:
+            parts.append(f"about {duration(elapsed / len(tables.epochs) * self.epochs_left())} left")
         return "... " + ", ".join(parts)
+
+    def epochs_left(self) -> float:
+        """Epochs that trials to come and running trials are expected to train."""
+        trials = self._tables.trials.values()
+        ended = [trial["epochs"] for trial in trials if trial["state"] != "running"]
+        # Short trials end first: the plan's mean keeps the first of them from speaking for all.
+        expected = self._plan.epochs_expected / self._asked
+        mean = (expected + sum(ended)) / (1 + len(ended))
+        running = [trial["epochs"] for trial in trials if trial["state"] == "running"]
+        total = self._plan.space.epochs
+        rest = sum(max(mean - epochs, (total - epochs) / 2) for epochs in running)
+        return float(rest + mean * (self._asked - len(trials)))
 
     def _begin(self, trial: Trial) -> None:
         self._tables.begin(trial.trial_id, self._numbers[trial.trial_id], trial.config)
@@ -121,12 +127,8 @@ class Follow(tune.Callback):
         width = len(str(self._asked))
         parts = [trial["stop_reason"]]
         if trial["state"] == "finished":
-            metric = self._tables.metric
-            parts += [
-                f"{name} {trial[key]:.4g}"
-                for name, key in ((metric, "metric"), ("objective", "objective"))
-                if trial.get(key) is not None
-            ]
+            values = {self._tables.metric: trial.get("metric"), self._tables.chosen_by(): trial.get("objective")}
+            parts += [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
             if best is trial:
                 parts.append("the best so far")
         line = f"[{ended:>{width}}/{self._asked}] trial {trial['trial_id']} {trial['state']:<8} "
@@ -135,7 +137,7 @@ class Follow(tune.Callback):
 
     def _error(self, trial: Trial) -> str:
         """First line of the trial's error; Ray's own words where the process died without any."""
-        path = self._folder / "trials" / trial.trial_id / ERROR_FILE
+        path = self._plan.folder / "trials" / trial.trial_id / ERROR_FILE
         if not path.is_file():
             source = Path(trial.error_file) if trial.error_file else None
             text = source.read_text(errors="replace") if source and source.is_file() else ""

@@ -11,28 +11,28 @@ results/<name>/
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
+import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
+from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import FIFOScheduler
 
 from hpcl.config import Config
 from hpcl.errors import UserError
-from hpcl.results import write_text
-from hpcl.search import facts
 from hpcl.search import space as spaces
 from hpcl.search.asha import CurveASHA
+from hpcl.search.check import space_problems
 from hpcl.search.cluster import connected, logged_to
-from hpcl.search.plan import DRIVER_CPUS, Node, Plan, make_plan
+from hpcl.search.plan import DRIVER_CPUS, Node, Plan, make_plan, results_folder
 from hpcl.search.progress import Follow, say
+from hpcl.search.record import Record
 from hpcl.search.sampler import TPESearch
 from hpcl.search.space import Space
 from hpcl.search.tables import Row, Tables
@@ -57,13 +57,20 @@ class Found:
     """The best trial among those that finished their schedule."""
     best: Config | None
     """Its configuration."""
+    chosen_by: str
+    """What the best trial is best in: `linear probe`, or the name of a curve."""
     seconds: float
     interrupted: bool
-    """Whether the search was cut short (Ctrl-C)."""
+    """Whether the search was cut short (Ctrl-C or SIGTERM)."""
 
     def count(self, state: str) -> int:
         """Trials in a state."""
         return sum(1 for trial in self.trials if trial["state"] == state)
+
+    @property
+    def states(self) -> dict[str, int]:
+        """State -> trials in it; those that were cut short are `running`."""
+        return {state: self.count(state) for state in ("finished", "stopped", "failed", "diverged", "running")}
 
 
 def run(
@@ -88,12 +95,13 @@ def run(
         say: prints one line.
 
     Raises:
-        UserError: the folder exists, the cluster has no room for one trial, or the data
-            do not fit; then nothing was written.
+        UserError: the folder exists, no cluster answers, it has no room for one trial, or
+            the data do not fit; then nothing was written.
     """
     if not isinstance(space, Space):
         space = spaces.load(space)
-    folder = free_folder(space, name, results)
+    folder = results_folder(space, name, results)
+    space = with_full_path(space)
     if train is None:
         say(look_at_data(space))
     with connected(address, workers=space.resources.workers) as nodes:
@@ -102,9 +110,15 @@ def run(
         each = f"{space.resources.workers} x {plan.concurrency.cpus_per_worker:g} CPUs"
         each += f" + {plan.concurrency.gpus_per_worker:g} GPUs" if plan.concurrency.gpus_per_worker else ""
         say(f"search {folder.name}: {space.search.trials} trials, {plan.concurrency.trials} at a time ({each} each)")
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made ({error.strerror}); choose another with --results or --name"
+            ) from None
         write(folder / "space.yaml", space.to_tree(), f"The space as it was searched in {folder.name}.")
-        record = Record(folder, space, plan, nodes)
+        own = None if backbone is None else getattr(backbone, "__name__", type(backbone).__name__)
+        record = Record(plan, nodes, own)
         record.write("running")
         if train is None:
             from hpcl.trainer import train as trainer
@@ -115,41 +129,54 @@ def run(
         except BaseException:
             record.write("failed")
             raise
-        found = _conclude(space, plan, tables, record.seconds, interrupted)
+        found = _conclude(plan, tables, record.seconds, interrupted, own)
         record.write("interrupted" if interrupted else "finished", found)
     return found
 
 
-def free_folder(space: Space, name: str | None, results: str | Path) -> Path:
-    """The results folder of a search to be, which must not exist yet.
-
-    Raises:
-        UserError: there is such a folder, or the name is none.
-    """
-    if name is not None:
-        spaces.with_overrides(space, name=name)
-    folder = Path(results).expanduser().resolve() / (name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if folder.exists():
-        raise UserError(
-            f"{folder}: there are results of this name already; give another with --name, or remove the folder"
-        )
-    return folder
+def with_full_path(space: Space) -> Space:
+    """The space with the full path of its images: other machines, and `best.yaml` in another folder, find them too."""
+    source = Path(space.base.data.source).expanduser()
+    if space.base.data.source == "mnist5k" or not source.exists():
+        return space
+    return replace(space, base=space.base.with_values({"data.source": str(source.resolve())}))
 
 
 def look_at_data(space: Space) -> str:
     """Load the base's images once, so that trials find them decoded; a line that says what they are.
 
     Raises:
-        UserError: the images cannot be read, or the base does not fit them.
+        UserError: the images cannot be read, or what the space asks for does not fit them.
     """
-    from hpcl.config import data_problems
     from hpcl.data import load
 
     images = load(space.base.data)
-    problems = data_problems(space.base, len(images.train), space.resources.workers)
+    problems = space_problems(space, rules=True, images=len(images.train))
+    if images.labels is None or not len(images.val):
+        problems += [
+            f"{space.tree.where(('search', name))}: search.{name} is {value}, but there are no validation images "
+            "with labels to measure it on; choose another"
+            for name, value in (("metric", space.search.metric), ("objective", space.search.objective))
+            if value in ("knn", "linear")
+        ]
     if problems:
         raise UserError(*(f"{images.source}: {problem}" for problem in problems))
     return images.describe()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends the search as Ctrl-C does; afterwards both act as before, for Tune leaves its own handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _search(
@@ -167,7 +194,7 @@ def _search(
     sampler = TPESearch(space, plan.startup)
     tables = Tables(folder, space)
     reasons = getattr(scheduler, "reasons", {})
-    follow = Follow(tables, folder, reasons, sampler.numbers, asked=search.trials, say=say)
+    follow = Follow(tables, plan, reasons, sampler.numbers, say=say)
     alone = {"cpu": room.cpus_per_worker, "gpu": room.gpus_per_worker}
     tuner = tune.Tuner(
         tune.with_resources(
@@ -188,11 +215,12 @@ def _search(
             storage_path=str(folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[follow, CSVLoggerCallback(), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
+            # Not Tune's CSV: its columns are those of the first row, which has no clusters yet.
+            callbacks=[follow, JsonLoggerCallback()],  # type: ignore[no-untyped-call]
         ),
     )
     try:
-        with logged_to(folder / "ray.log"):
+        with logged_to(folder / "ray.log"), _ended_by_signals():
             tuner.fit()
     except KeyboardInterrupt:
         return tables, True
@@ -206,27 +234,30 @@ def _trial_id(trial: Any) -> str:
     return str(trial.trial_id)
 
 
-def _conclude(space: Space, plan: Plan, tables: Tables, seconds: float, interrupted: bool) -> Found:
+def _conclude(plan: Plan, tables: Tables, seconds: float, interrupted: bool, backbone: str | None) -> Found:
     """Choose the best trial and write ``best.yaml``."""
-    best_trial, best = tables.best(), None
+    best_trial = tables.best()
+    best = plan.space.config_for(tables.values[best_trial["trial_id"]]) if best_trial else None
     trials = sorted(tables.trials.values(), key=lambda trial: trial["number"])
-    found = Found(plan.folder, trials, tables.epochs, best_trial, None, seconds, interrupted)
-    if best_trial is not None:
-        best = space.config_for(tables.values[best_trial["trial_id"]])
-        write(plan.folder / "best.yaml", best, _header(space, found, best_trial))
-    return Found(plan.folder, trials, tables.epochs, best_trial, best, seconds, interrupted)
+    found = Found(plan.folder, trials, tables.epochs, best_trial, best, tables.chosen_by(), seconds, interrupted)
+    if best_trial and best:
+        write(plan.folder / "best.yaml", best, _header(plan.space, found, best_trial, backbone))
+    return found
 
 
-def _header(space: Space, found: Found, best: Row) -> str:
-    states = ", ".join(f"{found.count(state)} {state}" for state in ("finished", "stopped", "failed", "diverged"))
-    metric = f"; {space.search.metric} {best['metric']:.4g}" if best.get("metric") is not None else ""
+def _header(space: Space, found: Found, best: Row, backbone: str | None) -> str:
+    states = ", ".join(f"{count} {state}" for state, count in found.states.items() if count)
+    values = {found.chosen_by: best["objective"], space.search.metric: best.get("metric")}
+    measured = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if value is not None)
+    use = "Train it: hpcl train best.yaml"
+    if backbone:
+        use = f"Found with a backbone of your own ({backbone}). Train it: hpcl.fit(config, folder, backbone=...)"
     return (
         f"Best of the {found.count('finished')} finished trials of search {found.folder.name}: trial "
         f"{best['trial_id']} (number {best['number']}).\n"
-        f"Objective ({space.search.objective}) {best['objective']:.6g}{metric}, after {best['epochs']} epochs.\n"
+        f"After {best['epochs']} epochs: {measured}.\n"
         f"The search: {len(found.trials)} trials ({states}), sampler seed {space.search.seed}; "
-        f"written {time.strftime('%Y-%m-%d %H:%M:%S')}.\n"
-        "Train it: hpcl train best.yaml"
+        f"written {time.strftime('%Y-%m-%d %H:%M:%S')}.\n{use}"
     )
 
 
@@ -238,49 +269,3 @@ def first_error(found: Found) -> str | None:
             text: str = path.read_text(encoding="utf-8")
             return text
     return None
-
-
-class Record:
-    """``search.json``: what a search ran with, on and when."""
-
-    def __init__(self, folder: Path, space: Space, plan: Plan, nodes: list[dict[str, Any]]) -> None:
-        self._path, self._start = folder / "search.json", time.monotonic()
-        self._facts: dict[str, Any] = {
-            "name": folder.name,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seed": {"sampler": space.search.seed, "trials": space.base.seed},
-            "trials_asked": space.search.trials,
-            "trials_at_a_time": plan.concurrency.trials,
-            "workers": space.resources.workers,
-            "cpus_per_worker": plan.concurrency.cpus_per_worker,
-            "gpus_per_worker": plan.concurrency.gpus_per_worker,
-            "metric": space.search.metric,
-            "mode": space.search.mode,
-            "objective": space.search.objective,
-            "rungs": list(plan.rungs),
-            "factor": space.search.factor,
-            "data": space.base.data.source,
-            "versions": facts.versions(),
-            "commit": facts.commit(),
-            "hardware": facts.hardware(nodes),
-        }
-
-    @property
-    def seconds(self) -> float:
-        """Since the search began."""
-        return time.monotonic() - self._start
-
-    def write(self, state: str, found: Found | None = None) -> None:
-        """Write the file: `state` is running, finished, interrupted, or failed (a bug)."""
-        self._facts["state"] = state
-        if found is not None:
-            states = ("finished", "stopped", "failed", "diverged", "running")
-            self._facts |= {
-                "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "seconds": round(self.seconds, 1),
-                "trials": {name: found.count(name) for name in states},
-                "epochs": len(found.epochs),
-                "best": found.best_trial and found.best_trial["trial_id"],
-            }
-        write_text(self._path, json.dumps(self._facts, indent=2) + "\n")

@@ -32,7 +32,7 @@ from hpcl.errors import ConfigError
 from hpcl.search.check import space_problems, with_parents
 from hpcl.search.params import Choice, Float, Int, Param, Resources, Search, same
 from hpcl.stages import stage_lengths
-from hpcl.validation import TreePath, validation_problems
+from hpcl.validation import TreePath, show, validation_problems
 from hpcl.yamlio import Tree, assignment, did_you_mean, load_tree, located, merge, parse, read_value, replaced
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
 ]  # fmt: skip
 
 _KINDS: dict[str, type[Float | Int | Choice]] = {"float": Float, "int": Int, "choice": Choice}
+_FOLDER_NAME = "text that can name a folder, without slashes or a leading dot"
 _PARTS = ("name", "base", "space", "search", "resources")
 
 
@@ -143,7 +144,7 @@ def from_tree(tree: Tree, *, folder: Path = Path(), name: str = "search") -> Spa
     problems += base_problems + head_problems + param_problems
     name = tree.value.get("name", name)
     if not _is_folder_name(name):
-        problems.append(f"{tree.where(('name',))}: name is {name}, but must be the name of a folder to be")
+        problems.append(f"{tree.where(('name',))}: name is {name}, but must be {_FOLDER_NAME}")
     # With a broken base the fields are still checked, each by its own type and bounds.
     search, resources = (head.search, head.resources) if head else (Search(), Resources())
     draft = Space(name, base or Config(), params, search, resources, tree)
@@ -222,7 +223,7 @@ def with_overrides(
             changes.append((f"--epochs {epochs}", "search.grace", scaled or None))
     if name is not None:
         if not _is_folder_name(name):
-            raise ConfigError(f"--name {name}: must be the name of a folder to be, without slashes or a leading dot")
+            raise ConfigError(f"--name {name or show(name)}: must be {_FOLDER_NAME}")
         space = replace(space, name=name)
     return _changed(space, changes) if changes else space
 
@@ -371,9 +372,9 @@ def _changed(space: Space, changes: list[tuple[str, str, Any]]) -> Space:
         for where, path, _ in changes
         if path in space.params
     ]
-    heads = ("search", "resources")
-    in_head = [(where, path, value) for where, path, value in changes if path.partition(".")[0] in heads]
-    in_base = {path: (where, value) for where, path, value in changes if path.partition(".")[0] not in heads}
+    heads = ("search.", "resources.")
+    in_head = [(where, path, value) for where, path, value in changes if path.startswith(heads)]
+    in_base = {path: (where, value) for where, path, value in changes if not path.startswith(heads)}
     base, found = _collect(lambda: replaced(space.base, in_base) if in_base else space.base)
     head, more = _collect(lambda: _changed_head(space, in_head))
     problems += found + more

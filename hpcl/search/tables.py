@@ -98,11 +98,18 @@ class Tables:
         trial |= {"state": state, "stop_reason": reason}
         if state != "finished":
             trial["objective"] = None
+            self._measured.discard(trial_id)
         return trial
 
     def count(self, state: str) -> int:
         """Trials in a state."""
         return sum(1 for trial in self.trials.values() if trial["state"] == state)
+
+    def chosen_by(self) -> str:
+        """What chooses the best trial: `linear probe`, or a curve (the metric where `auto` finds no labels)."""
+        if self.objective == "auto" and not self._measured:
+            return self.metric
+        return "linear probe" if self.objective in ("auto", "linear") else self.objective
 
     def best(self) -> Row | None:
         """The best trial by the objective among those that finished their schedule; the earlier one of equals."""
@@ -111,8 +118,7 @@ class Tables:
         finished = [t for t in finished if t["trial_id"] in self._measured] or finished
         if not finished:
             return None
-        by_metric = self.objective == "auto" and finished[0]["trial_id"] not in self._measured
-        sign = -1.0 if (self.metric if by_metric else self.objective) in LOWER_IS_BETTER else 1.0
+        sign = -1.0 if self.chosen_by() in LOWER_IS_BETTER else 1.0
         return max(finished, key=lambda trial: (sign * trial["objective"], -trial["number"]))
 
     def write(self) -> None:

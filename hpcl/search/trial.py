@@ -38,7 +38,7 @@ TrainFunction = Callable[..., None]
 """``train(config, folder, report, *, objective, backbone)``, the trainer's seam."""
 
 ERROR_FILE = "error.txt"
-"""In a failed trial's folder: the error's first line, then the traceback."""
+"""In a failed trial's folder: the error's first line, then the traceback of a bug."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,10 @@ def report_to_tune(row: Row) -> None:
 
 
 def write_error(folder: Path, error: BaseException) -> None:
-    """Write ``error.txt``: one line that names the error, then where it came from."""
-    text = "".join(traceback.format_exception(error))
-    write_text(folder / ERROR_FILE, f"{first_line(error)}\n\n{text}")
+    """Write ``error.txt``: what the error is, and for a bug where it came from."""
+    trace = "".join(traceback.format_exception(error))
+    text = str(error) if isinstance(error, UserError) else f"{first_line(error)}\n\n{trace}"
+    write_text(folder / ERROR_FILE, f"{text.rstrip()}\n")
 
 
 def first_line(error: BaseException) -> str:

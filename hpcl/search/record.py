@@ -1,17 +1,79 @@
-"""What a search ran on and with: versions, commit and hardware, for ``search.json``."""
+"""``search.json``: what a search ran with, on what hardware, and when."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
+import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hpcl
+from hpcl.results import write_text
+from hpcl.search.plan import Plan
+
+if TYPE_CHECKING:
+    from hpcl.search.runner import Found
 
 _PACKAGES = ("torch", "ray", "optuna", "numpy", "faiss-gpu", "faiss-cpu", "pyarrow", "scikit-learn", "mlxtend")
+
+
+class Record:
+    """The file, from the start of a search to its end.
+
+    Args:
+        plan: the search.
+        nodes: the cluster's machines (``ray.nodes()``).
+        backbone: name of the user's own backbone.
+    """
+
+    def __init__(self, plan: Plan, nodes: list[dict[str, Any]], backbone: str | None = None) -> None:
+        space = plan.space
+        self._path, self._start = plan.folder / "search.json", time.monotonic()
+        self._facts: dict[str, Any] = {
+            "name": plan.folder.name,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seed": {"sampler": space.search.seed, "trials": space.base.seed},
+            "trials_asked": space.search.trials,
+            "trials_at_a_time": plan.concurrency.trials,
+            "workers": space.resources.workers,
+            "cpus_per_worker": plan.concurrency.cpus_per_worker,
+            "gpus_per_worker": plan.concurrency.gpus_per_worker,
+            "metric": space.search.metric,
+            "mode": space.search.mode,
+            "objective": space.search.objective,
+            "rungs": list(plan.rungs),
+            "factor": space.search.factor,
+            "data": space.base.data.source,
+            "backbone": backbone or space.base.model.backbone,
+            "versions": versions(),
+            "commit": commit(),
+            "hardware": hardware(nodes),
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Since the search began."""
+        return time.monotonic() - self._start
+
+    def write(self, state: str, found: Found | None = None) -> None:
+        """Write the file: `state` is running, finished, interrupted, or failed (a bug)."""
+        self._facts["state"] = state
+        if found is not None:
+            self._facts |= {
+                "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "seconds": round(self.seconds, 1),
+                "trials": found.states,
+                "epochs": len(found.epochs),
+                "best": found.best_trial and found.best_trial["trial_id"],
+            }
+        write_text(self._path, json.dumps(self._facts, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
