@@ -193,7 +193,8 @@ configs = st.builds(
             "clusters.warm": warm,
         }
     ),
-    st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["1e-4", "null", "no", "-", "a: b", "#", "~"]),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+    | st.sampled_from(["1e-4", "null", "no", "-", "a: b", "#", "~"]),
     fractions,
     st.floats(1e-300, 1e300),
     st.floats(0.0, 1.0, exclude_max=True),
