@@ -181,7 +181,7 @@ def split_labels(x: Tensor, labels: Tensor, num_clusters_now: int, num_clusters_
     num_clusters, cuts = num_clusters_now, 0
     while num_clusters < num_clusters_new:
         means, sizes = cluster_means(x, labels, num_clusters)
-        width = _group_sum(_squared_distance(x, means, labels)[:, None], labels, num_clusters).squeeze(1)
+        width = group_sums(_squared_distance(x, means, labels)[:, None], labels, num_clusters).squeeze(1)
         can_split = sizes >= 2
         num_splits = min(num_clusters_new - num_clusters, int(can_split.sum()))
         widest = width.masked_fill(~can_split, -1.0).argsort(descending=True, stable=True)[:num_splits]
@@ -201,7 +201,7 @@ def split_labels(x: Tensor, labels: Tensor, num_clusters_now: int, num_clusters_
 def cluster_means(x: Tensor, labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Mean (M, D) and size (M,) of each cluster of the points x (N, D); an empty one's mean is 0."""
     sizes = labels.bincount(minlength=num_clusters)
-    return _group_sum(x, labels, num_clusters) / sizes.clamp(min=1)[:, None], sizes
+    return group_sums(x, labels, num_clusters) / sizes.clamp(min=1)[:, None], sizes
 
 
 def _repair(
@@ -317,12 +317,12 @@ def _leading_coordinate(offset: Tensor, group: Tensor, num_groups: int, seed: in
     direction = torch.randn(num_groups, offset.shape[1], generator=generator(seed, "split")).to(offset.device)
     for _ in range(8):
         along = (offset * direction[group]).sum(1, keepdim=True)
-        direction = torch.nn.functional.normalize(_group_sum(offset * along, group, num_groups), dim=1)
+        direction = torch.nn.functional.normalize(group_sums(offset * along, group, num_groups), dim=1)
     return (offset * direction[group]).sum(1)
 
 
-def _group_sum(x: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Sum of the rows of x in each group, (num_groups, D), in a fixed order of summation."""
+def group_sums(x: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Sums (num_groups, D) of the rows of x (N, D) in each group, always added in the same order."""
     if x.device.type == "cpu":
         return x.new_zeros(num_groups, x.shape[1]).index_add_(0, group, x)
     # On a GPU index_add_ adds in an order that changes from run to run.

@@ -224,16 +224,6 @@ class Network(nn.Module):
             trained["mlp"] = plan.trains_head and head_in_use
         return tuple(n for n, t in trained.items() if t), tuple(n for n, t in trained.items() if not t)
 
-    def backbone_features(self, x: Tensor) -> Tensor:
-        """(b, C, H, W) -> (b, F)."""
-        features: Tensor = self.backbone(x)
-        return features
-
-    def encode(self, x: Tensor) -> Tensor:
-        """(b, C, H, W) -> (b, D), the fc's output, not normalised."""
-        encoded: Tensor = self.fc(self.backbone(x))
-        return encoded
-
     def project(self, features: Tensor, encoded: Tensor | None = None) -> Tensor:
         """(b, F) -> (b, D), the MLP's output, not normalised.
 

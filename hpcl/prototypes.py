@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpcl.kmeans import group_sums
+
 COLLAPSED = 1e-12
 """Mean concentration below which the clusters have no width, and all get T."""
 
@@ -70,7 +72,7 @@ def make_level(cluster_of_image: Tensor, embeddings: Tensor, num_clusters: int, 
         raise ValueError(
             f"cluster_of_image has {len(sizes)} clusters with {empty} empty, but must fill all of {num_clusters}"
         )
-    means = _segment_sums(embeddings, cluster_of_image, sizes) / sizes.unsqueeze(1)
+    means = _sums(embeddings, cluster_of_image, num_clusters) / sizes.unsqueeze(1)
     return Level(
         cluster_of_image=cluster_of_image,
         prototypes=F.normalize(means, dim=1).to(embeddings.dtype),
@@ -109,7 +111,7 @@ def concentration(features: Tensor, cluster_of_image: Tensor, centroids_raw: Ten
             for rows, ids in zip(torch.split(features, _ROWS), torch.split(cluster_of_image, _ROWS), strict=True)
         ]
     )
-    sums = _segment_sums(distances.unsqueeze(1), cluster_of_image, sizes).squeeze(1)
+    sums = _sums(distances.unsqueeze(1), cluster_of_image, num_clusters).squeeze(1)
     several = sizes > 1
     phi = torch.where(several, sums / sizes.clamp_min(1) / torch.log(sizes.double() + 10.0), 0.0)
     wide = phi.mean() >= COLLAPSED
@@ -123,12 +125,7 @@ def concentration(features: Tensor, cluster_of_image: Tensor, centroids_raw: Ten
     return phi.clamp_min(LEAST_CONCENTRATION * temperature).to(features.dtype)
 
 
-def _segment_sums(x: Tensor, segment_of_row: Tensor, sizes: Tensor) -> Tensor:
-    """(M, D) float64 sums of the rows (N, D) of each segment, always in the same order."""
-    # Not index_add_: on a GPU it adds in the order in which threads arrive.
-    order = torch.argsort(segment_of_row, stable=True)
-    sums = [
-        torch.segment_reduce(part[order].double(), "sum", lengths=sizes, axis=0, unsafe=True)
-        for part in torch.split(x, _COLUMNS, dim=1)
-    ]
-    return torch.cat(sums, dim=1)
+def _sums(x: Tensor, cluster_of_image: Tensor, num_clusters: int) -> Tensor:
+    """(M, D) float64 sums of the rows (N, D) of each cluster; a few columns at a time to save memory."""
+    parts = [group_sums(part.double(), cluster_of_image, num_clusters) for part in torch.split(x, _COLUMNS, dim=1)]
+    return torch.cat(parts, dim=1)

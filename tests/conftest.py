@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 # One thread: results are then the same on every machine of a kind, and tests side by
@@ -39,12 +38,3 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def tiny() -> Config:
     return Config.model_validate(TINY)
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """A folder with CIFAR-10 as Parquet (and other sets), named by HPCL_TEST_DATA; skips where there is none."""
-    folder = os.environ.get("HPCL_TEST_DATA")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("HPCL_TEST_DATA names no folder with real data sets")
-    return Path(folder)

@@ -198,7 +198,7 @@ def test_copy_head_copies_the_mlp_only() -> None:
 def test_heads_follow_their_formula(kind: Any, attach: Any) -> None:
     network = build_network(SMALL, Head(kind=kind, attach=attach, hidden=5), 1, seed=3).eval()
     x = images()
-    features = network.backbone_features(x)
+    features = network.backbone(x)
     w = {name: value for name, value in network.state_dict().items() if not name.startswith("backbone")}
     encoded = features @ w["fc.weight"].T + w["fc.bias"]
     z = encoded if attach == "stack" else features
@@ -210,7 +210,7 @@ def test_heads_follow_their_formula(kind: Any, attach: Any) -> None:
     else:
         out = (z @ w["mlp.0.weight"].T + w["mlp.0.bias"]).clamp(min=0)
         out = out @ w["mlp.2.weight"].T + w["mlp.2.bias"]
-    torch.testing.assert_close(network.encode(x), encoded)
+    torch.testing.assert_close(network.fc(network.backbone(x)), encoded)
     torch.testing.assert_close(network.project(features), out)
     torch.testing.assert_close(network.project(features, encoded), out)
     if kind == "v1":
@@ -320,7 +320,7 @@ def test_resnet_loads_into_torchvision(channels: int, stem: Any) -> None:
     assert unexpected == []
     x = torch.randn(2, channels, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        got = network.backbone_features(x)
+        got = network.backbone(x)
         theirs.fc = nn.Identity()
         if stem == "cifar":
             theirs.maxpool = nn.Identity()

@@ -70,12 +70,6 @@ def summary(space: Space, found: Found) -> str:
         return "\n".join(lines)
     best = found.best_trial
     lines.append(f"best     trial {best['trial_id']} with {found.chosen_by} {best['objective']:.4g}")
-    if base_trial := next((t for t in found.trials if t["number"] == 0 and t is not best), None):
-        reached = f"{found.chosen_by} {base_trial['objective']:.4g}" if base_trial["objective"] is not None else "none"
-        came_to = (
-            reached if base_trial["state"] == "finished" else f"{base_trial['state']}, {base_trial['stop_reason']}"
-        )
-        lines.append(f"base     trial {base_trial['trial_id']} (number 0): {came_to}")
     values = {path: found.best.at(path) for path in space.params}
     active = [path for path in space.params if space.is_active(path, values)]
     width = max(len(path) for path in active)
@@ -83,6 +77,12 @@ def summary(space: Space, found: Found) -> str:
         value, base = found.best.at(path), space.base.at(path)
         note = "" if value == base else f"   (base: {show(base)})"
         lines.append(f"           {path:<{width}}  {show(value)}{note}")
+    if base_trial := next((t for t in found.trials if t["number"] == 0 and t is not best), None):
+        reached = f"{found.chosen_by} {base_trial['objective']:.4g}" if base_trial["objective"] is not None else "none"
+        came_to = (
+            reached if base_trial["state"] == "finished" else f"{base_trial['state']}, {base_trial['stop_reason']}"
+        )
+        lines.append(f"base     trial {base_trial['trial_id']} (number 0): {came_to}")
     lines += [
         f"results  {folder}  (trials.parquet, epochs.parquet, best.yaml, trials/{best['trial_id']}/)",
         f"next     hpcl train {shlex.quote(str(folder / 'best.yaml'))}",
