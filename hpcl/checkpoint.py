@@ -52,8 +52,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not one of its own
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); remove it, or give another") from error
+        raise UserError(
+            f"{path}: not a readable checkpoint (another kind of file, or damaged); "
+            f"give the {CHECKPOINT_NAME} of a run or trial folder, or another folder"
+        ) from error
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: not a checkpoint of hpcl; give the {CHECKPOINT_NAME} of a run or trial folder")
     if state["format"] != FORMAT:

@@ -177,7 +177,9 @@ def load(data: config.Data, cache_dir: str | Path | None = None) -> ImageSet:
     train, val, test = _parts(stored.labels, stored.split, data)
     if not len(train):
         counts = ", ".join(f"{int((stored.split == code).sum())} {name}" for code, name in enumerate(SPLITS))
-        raise DataError(f"data.source {data.source} has no training image ({counts}); give a source with a train split")
+        raise DataError(
+            f"data.source {data.source} has no training image ({counts}); give one with a train split, or with none"
+        )
     mean, std = _mean_and_std(stored, train)
     return ImageSet(
         images=stored.images,

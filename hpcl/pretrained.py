@@ -19,21 +19,22 @@ from hpcl.model import Network, build_network
 Side = Literal["query", "key"]
 
 
-def export_backbone(checkpoint: Path, out: Path, side: Side = "query") -> list[str]:
+def export_backbone(checkpoint: Path, out: Path, side: Side = "query") -> tuple[str, list[str]]:
     """Write the backbone's state dict, with torchvision's names where it is a torchvision ResNet.
 
     ``torchvision.models.resnet18().load_state_dict(torch.load(out), strict=False)``
     then misses the fc alone (with stem `imagenet`; stem `cifar` has its own conv1).
 
     Returns:
-        The names of the tensors written.
+        The backbone's name (the class of one given in Python), and the names of the tensors written.
 
     Raises:
         UserError: no such checkpoint, or `out` cannot be written.
     """
-    state = _part(load_checkpoint(checkpoint)["pair"], f"{side}.backbone.")
+    content = load_checkpoint(checkpoint)
+    state = _part(content["pair"], f"{side}.backbone.")
     save_tensors(out, state)
-    return list(state)
+    return content["backbone"] or config_of(content).model.backbone, list(state)
 
 
 def load_network(checkpoint: Path, side: Side = "query") -> tuple[Config, Network, int]:

@@ -353,7 +353,7 @@ class Trainer:
         if differing:
             raise UserError(
                 f"{path}: belongs to another configuration (it differs at {', '.join(differing)}); "
-                "give another folder, or the configuration this one was started with"
+                "give another folder (--folder), or the configuration this one was started with"
             )
         if state["data"]["hash"] != self.data.content_hash:
             raise UserError(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from typing import Any
 
 # One thread: results are then the same on every machine of a kind, and tests side by
 # side do not fight for cores. Before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Decoded images of tests do not go into the user's cache; other processes that a test starts inherit the folder.
+if "HPCL_CACHE" not in os.environ:
+    os.environ["HPCL_CACHE"] = tempfile.mkdtemp(prefix="hpcl-tests-")
+    atexit.register(shutil.rmtree, os.environ["HPCL_CACHE"], ignore_errors=True)
 
 import pytest
 

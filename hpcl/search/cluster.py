@@ -17,6 +17,8 @@ from hpcl.errors import UserError
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Threads of a trial that wait for one another sleep instead of taking other trials' cores.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Trials stay in the folder where the search was started, so that relative data paths hold.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Tune's tables and status lines; ours take their place.

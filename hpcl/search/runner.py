@@ -104,6 +104,7 @@ def run(
     space = with_full_path(space)
     if train is None:
         say(look_at_data(space))
+    say("starting Ray ..." if address is None else f"connecting to Ray at {address} ...")
     with connected(address, workers=space.resources.workers) as nodes:
         machines = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in nodes]
         plan = make_plan(space, machines, cluster=address or "this machine", folder=folder)
