@@ -221,7 +221,7 @@ class Network(nn.Module):
             "fc": plan.trains_encoder and not (head_in_use and self.attach == "replace"),
         }
         if self.mlp is not None:
-            trained["mlp"] = plan.trains_head and head_in_use
+            trained["mlp"] = head_in_use
         return tuple(n for n, t in trained.items() if t), tuple(n for n, t in trained.items() if not t)
 
     def project(self, features: Tensor, encoded: Tensor | None = None) -> Tensor:

@@ -39,12 +39,10 @@ class StagePlan:
     """Learning rate within the stage: constant, or cosine to 0."""
     trains_encoder: bool
     """Whether the backbone (and the fc, where it is in use) learns; else it is frozen."""
-    trains_head: bool
-    """Whether the MLP learns; else it is unused."""
     uses_prototypes: bool
     """Whether clusters exist and the prototype losses count."""
     uses_head: bool
-    """Whether embeddings come out of the MLP; else out of the fc."""
+    """Whether embeddings come out of the MLP, which then learns; else out of the fc."""
     may_grow: bool
     """Whether the growth policy is asked after each epoch."""
 
@@ -111,7 +109,6 @@ def make_plan(config: Config) -> tuple[StagePlan, ...]:
                 lr=settings.lr,
                 schedule=settings.schedule,
                 trains_encoder=stage not in HEAD_ONLY_STAGES,
-                trains_head=uses_head,
                 uses_prototypes=stage > 1,
                 uses_head=uses_head,
                 may_grow=stage in config.growth.stages,

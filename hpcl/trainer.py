@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcl import metrics
 from hpcl.checkpoint import CHECKPOINT_NAME, config_of, differing_fields, load_checkpoint, save_checkpoint
-from hpcl.config import Config, data_problems
+from hpcl.config import Config
 from hpcl.data import DeviceImages, load
+from hpcl.data_rules import data_problems
 from hpcl.dist import current_world
 from hpcl.errors import UserError
 from hpcl.features import FeaturePass
@@ -82,18 +83,6 @@ def fit(
     trainer = Trainer(config, Path(folder), backbone=backbone, objective=objective)
     trainer.run(report or (lambda row: None))
     return Run(Path(folder), trainer.rows, trainer.pair.query)
-
-
-def train(
-    config: Config,
-    folder: Path,
-    report: Report,
-    *,
-    objective: str | None = "auto",
-    backbone: Callable[[], nn.Module] | None = None,
-) -> None:
-    """:func:`fit` as a search calls it on every rank of a trial."""
-    fit(config, folder, backbone=backbone, report=report, objective=objective)
 
 
 class Trainer:

@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from hpcl import presets
-from hpcl.config import STAGES, Config, data_problems
+from hpcl.config import STAGES, Config
+from hpcl.data_rules import data_problems
 from hpcl.errors import ConfigError
 from hpcl.stages import stage_lengths
 from hpcl.validation import field_paths, section_class

@@ -27,7 +27,6 @@ def plan_of(stage: int, head: bool = True) -> StagePlan:
         lr=0.1,
         schedule="constant",
         trains_encoder=stage not in (2, 4),
-        trains_head=head and stage > 1,
         uses_prototypes=stage > 1,
         uses_head=head and stage > 1,
         may_grow=stage in (3, 5),

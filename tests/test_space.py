@@ -12,7 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from hpcl import presets
-from hpcl.config import Config, data_problems
+from hpcl.config import Config
+from hpcl.data_rules import data_problems
 from hpcl.errors import ConfigError
 from hpcl.search import space as spaces
 from hpcl.search.check import space_problems

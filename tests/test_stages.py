@@ -85,7 +85,7 @@ def test_the_plan_of_the_notes() -> None:
     plan = make_plan(Config())
     rows = [(p.stage, p.first_epoch, p.last_epoch, p.epochs) for p in plan]
     assert rows == [(1, 1, 20, 20), (2, 21, 25, 5), (3, 26, 75, 50), (4, 76, 80, 5), (5, 81, 150, 70)]
-    trains = [(p.trains_encoder, p.trains_head) for p in plan]
+    trains = [(p.trains_encoder, p.uses_head) for p in plan]
     assert trains == [(True, False), (False, True), (True, True), (False, True), (True, True)]
     assert [p.uses_prototypes for p in plan] == [False, True, True, True, True]
     assert [p.uses_head for p in plan] == [False, True, True, True, True]
@@ -101,7 +101,7 @@ def test_a_stage_of_no_epochs_is_left_out_and_the_rest_moves_up() -> None:
 def test_without_an_mlp_no_stage_uses_one() -> None:
     plan = make_plan(config_of(head__kind="none", stages__stage2__epochs=0, stages__stage4__epochs=0))
     assert [p.stage for p in plan] == [1, 3, 5]
-    assert not any(p.uses_head or p.trains_head for p in plan)
+    assert not any(p.uses_head for p in plan)
     assert all(p.trains_encoder for p in plan)
     assert [p.uses_prototypes for p in plan] == [False, True, True]
 

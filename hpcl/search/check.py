@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from hpcl.config import Config, data_problems
+from hpcl.config import Config
+from hpcl.data_rules import data_problems
 from hpcl.search.params import Choice, Float, Param, same
 from hpcl.stages import stage_lengths
 from hpcl.validation import TreePath, field_paths, show, validation_problems

@@ -90,7 +90,7 @@ def run(
         name: name of the results folder; None: the space's name and the time.
         results: folder of all results.
         address: a running Ray cluster as in ``ray.init``; None: Ray starts on this machine.
-        train: what trains a trial, with the arguments of :func:`hpcl.trainer.train` (the default).
+        train: what trains a trial, with the arguments of :func:`hpcl.trainer.fit` (the default).
         backbone: makes your own module, (b, C, H, W) -> (b, F), in each trial.
         say: prints one line.
 
@@ -122,9 +122,9 @@ def run(
         record = Record(plan, nodes, own)
         record.write("running")
         if train is None:
-            from hpcl.trainer import train as trainer
+            from hpcl.trainer import fit
 
-            train = trainer
+            train = fit
         try:
             tables, interrupted = _search(plan, train, backbone, say)
         except BaseException:

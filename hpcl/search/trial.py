@@ -34,8 +34,8 @@ from hpcl.search.space import Space
 from hpcl.validation import validation_problems
 
 Row = dict[str, Any]
-TrainFunction = Callable[..., None]
-"""``train(config, folder, report, *, objective, backbone)``, the trainer's seam."""
+TrainFunction = Callable[..., Any]
+"""``train(config, folder, *, report, objective, backbone)``, as :func:`hpcl.trainer.fit`; its result is not used."""
 
 ERROR_FILE = "error.txt"
 """In a failed trial's folder: the error's first line, then the traceback of a bug."""
@@ -131,7 +131,7 @@ def use_threads(cpus: float) -> None:
 def _train_here(config: Config, folder: Path, job: Job) -> None:
     def loop() -> None:
         use_threads(job.cpus)
-        job.train(config, folder, report_to_tune, objective=job.space.search.objective, backbone=job.backbone)
+        job.train(config, folder, report=report_to_tune, objective=job.space.search.objective, backbone=job.backbone)
 
     TorchTrainer(
         loop,
@@ -215,4 +215,6 @@ def _worker(payload: dict[str, Any]) -> None:
         ray_train.report({"epoch": row["epoch"]})
 
     use_threads(job.cpus)
-    job.train(payload["config"], payload["folder"], report, objective=job.space.search.objective, backbone=job.backbone)
+    job.train(
+        payload["config"], payload["folder"], report=report, objective=job.space.search.objective, backbone=job.backbone
+    )
