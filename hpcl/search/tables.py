@@ -58,7 +58,10 @@ class Tables:
                 "trial_id": trial_id,
                 "number": number,
                 "state": "running",
+                "stop_reason": None,
                 "epochs": 0,
+                "objective": None,
+                "metric": None,
                 "seconds": 0.0,
                 **columns,
             }
