@@ -1,4 +1,4 @@
-"""The command line: ``hpcl train | knn | export | search``.
+"""The command line: ``hpcl train | knn | export | search | status | retrain``.
 
 Torch is imported inside the commands that need it, so that ``--help`` answers at once.
 A mistake of the user is printed without a traceback and ends with exit code 2.
@@ -117,6 +117,39 @@ def search(context: typer.Context) -> None:
     from hpcl.search.cli import main as search_main
 
     raise typer.Exit(search_main(context.args))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="Folder of a search, results/<name>; it may be running.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C.")] = False,
+) -> None:
+    """How a search stands: its trials, the best so far, what is used and left."""
+    from hpcl.search.status import main as status_main
+
+    status_main(folder, watch=watch)
+
+
+@app.command()
+def retrain(
+    folder: Annotated[Path, typer.Argument(help="Folder of a search, results/<name>.")],
+    top: Annotated[int, typer.Option(min=1, help="Finished trials, the best ones; the base is retrained besides.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds of their own.")] = 3,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a run; default: the stages' lengths without stages.total.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Images to train on, in place of the search's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that train one run together.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Running Ray cluster, such as auto; default: Ray on this machine.")
+    ] = None,
+) -> None:
+    """Train a search's best at full length with several seeds, and rewrite its best.yaml; goes on where it was."""
+    from hpcl.search.retrain import main as retrain_main
+
+    raise typer.Exit(
+        retrain_main(folder, top=top, seeds=seeds, epochs=epochs, data=data, workers=workers, address=address)
+    )
 
 
 def main() -> None:

@@ -411,3 +411,23 @@ class Config(Section):
                 node = node[section]
             node[name] = value
         return Config.model_validate(tree)
+
+
+ACTS_FROM: dict[str, int | Literal["length", "growth"]] = {
+    **dict.fromkeys(("seed", "data", "augment", "model", "moco", "optimizer", "meters", "runtime"), 1),
+    **dict.fromkeys(("head", "clusters", "prototypes", "topk"), 2),
+    "clusters.backend": 1,
+    "growth": "growth",
+    "growth.stages": 2,
+    "stages.total": 1,
+    **{f"stages.stage{s}": s for s in STAGES},
+    **{f"stages.stage{s}.epochs": "length" for s in STAGES},
+}
+"""The first stage in which a field can change anything, by dotted path; the longest path
+that a field begins with counts. Runs that agree on all fields up to a stage are the same
+run up to its end (:mod:`hpcl.prefix` reads this).
+
+`growth`: the first stage that grows and has epochs. `length`: that one or the stage itself,
+whichever is first, since theta runs over the epochs of the whole run; with `stages.total`
+1, which scales all lengths. `clusters.backend` is read by the meters too; `growth.stages`
+can name stage 2."""

@@ -41,6 +41,8 @@ EPOCH_COLUMNS: tuple[Column, ...] = (
     Column("epoch", "int64", "epochs", "epoch over the whole run, from 1"),
     Column("stage", "int64", "1..5", "stage the epoch belongs to"),
     Column("state", "string", "", "running, finished (last epoch of the schedule) or diverged"),
+    Column("clock", "float64", "base epochs", "canonical time of the epoch's end; filled by the search"),
+    Column("shared", "bool", "", "trained once in a prefix that trials share"),
     Column("clusters", "int64", "count", "clusters of the finest level in use; null before prototypes"),
     Column("level_clusters", "string", "count/count/...", "clusters of every level, coarse to fine"),
     Column("growth_reason", "string", "", "why the count grows after this epoch, or does not"),
@@ -80,12 +82,30 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("number", "int64", "", "order in which trials were created, from 0 (the notes' configuration)"),
     Column("state", "string", "", "finished, stopped, failed or diverged; running if the search was cut short"),
     Column("stop_reason", "string", "", "why the trial ended, in words"),
-    Column("epochs", "int64", "epochs", "epochs trained and reported"),
+    Column("epochs", "int64", "epochs", "epochs it came to, those of a shared prefix included"),
     Column("objective", "float64", "", "value that chooses among finished trials; null for the others"),
     Column("metric", "float64", "", "last value of the curve that ASHA watched"),
-    Column("seconds", "float64", "s", "wall time of its epochs"),
+    Column("seconds", "float64", "s", "wall time of its own epochs (without a shared prefix and without start-up)"),
+    Column("gpu_hours", "float64", "GPU h", "the same times the GPUs it held; 0 without GPUs"),
+    Column("cpu_hours", "float64", "CPU h", "the same times the CPUs it held"),
+    Column("retries", "int64", "count", "times it was tried again after its process broke off"),
 )
 """Columns of ``trials.parquet``; a column ``config.<path>`` per searched field follows."""
+
+RETRAIN_COLUMNS: tuple[Column, ...] = (
+    Column("trial_id", "string", "", "trial of the search whose configuration was trained again"),
+    Column("seed", "int64", "", "seed of the run"),
+    Column("state", "string", "", "finished, failed or diverged; running if it has not ended"),
+    Column("stop_reason", "string", "", "why the run ended, in words"),
+    Column("objective", "float64", "", "value at the end of the run; null where it did not finish"),
+    Column("metric", "float64", "", "last value of the search's curve"),
+    Column("epochs", "int64", "epochs", "epochs it came to"),
+    Column("seconds", "float64", "s", "wall time of its epochs"),
+    Column("gpu_hours", "float64", "GPU h", "the same times the GPUs it held; 0 without GPUs"),
+    Column("cpu_hours", "float64", "CPU h", "the same times the CPUs it held"),
+    Column("search_objective", "float64", "", "the trial's objective in the search; null where it was stopped"),
+)
+"""Columns of ``retrain.parquet``: one row per run of ``hpcl retrain`` (in ``retrain/trials/<id>-seed<seed>``)."""
 
 TIME_COLUMNS = ("seconds", "seconds_cluster", "seconds_train", "seconds_meters", "images_per_second", "arrival")
 """Epoch columns that differ between two runs of the same seed."""
@@ -111,6 +131,11 @@ def epoch_schema() -> pa.Schema:
 def trial_schema(searched: Mapping[str, Literal["int64", "float64", "string", "bool"]]) -> pa.Schema:
     """The Arrow schema of ``trials.parquet`` for these searched fields (path -> type)."""
     return _schema((*TRIAL_COLUMNS, *(Column(f"config.{path}", kind, "", path) for path, kind in searched.items())))
+
+
+def retrain_schema() -> pa.Schema:
+    """The Arrow schema of ``retrain.parquet``."""
+    return _schema(RETRAIN_COLUMNS)
 
 
 def _schema(columns: Sequence[Column]) -> pa.Schema:

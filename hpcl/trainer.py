@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcl import metrics
-from hpcl.checkpoint import CHECKPOINT_NAME, config_of, differing_fields, load_checkpoint, save_checkpoint
+from hpcl.checkpoint import CHECKPOINT_NAME, save_checkpoint
 from hpcl.config import Config
 from hpcl.data import DeviceImages, load
 from hpcl.data_rules import data_problems
@@ -37,6 +37,7 @@ from hpcl.meters import RunMeters
 from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
 from hpcl.prototypes import Level
 from hpcl.results import write_text
+from hpcl.resume import forked_state, own_state
 from hpcl.rng import generator, seed_of
 from hpcl.runlog import RunLog
 from hpcl.stages import StagePlan, learning_rate, make_plan, stage_at, total_epochs
@@ -65,6 +66,8 @@ def fit(
     backbone: Backbone | None = None,
     report: Report | None = None,
     objective: str | None = "auto",
+    fork: Path | str | None = None,
+    until_stage: int | None = None,
 ) -> Run:
     """Train one configuration; called again with the same folder, it goes on where it was.
 
@@ -76,12 +79,16 @@ def fit(
         report: called after every epoch with its row, on every rank.
         objective: `auto` or `linear` measures a linear probe on the validation split at
             the end, where labels exist; a column's name takes its last value; None: nothing.
+        fork: a checkpoint of a run that agrees on all that acted in it (:mod:`hpcl.prefix`):
+            where the folder has none yet, its epochs are taken over as `shared` and not trained.
+        until_stage: train through the end of this stage only, for runs that fork from it.
 
     Raises:
-        UserError: the data or the folder do not fit the configuration.
+        UserError: the data, the folder or the fork do not fit the configuration.
+        ValueError: `until_stage` leaves nothing to train, or nothing for others to train.
     """
     trainer = Trainer(config, Path(folder), backbone=backbone, objective=objective)
-    trainer.run(report or (lambda row: None))
+    trainer.run(report or (lambda row: None), Path(fork) if fork else None, until_stage)
     return Run(Path(folder), trainer.rows, trainer.pair.query)
 
 
@@ -135,17 +142,29 @@ class Trainer:
 
     # ---------------------------------------------------------------- the loop
 
-    def run(self, report: Report) -> None:
-        """Train from the checkpoint in the folder, or from the start, to the end of the schedule."""
-        self._resume()
+    def run(self, report: Report, fork: Path | None = None, until_stage: int | None = None) -> None:
+        """Train from the checkpoint in the folder, the one to fork from, or the start; see :func:`fit`."""
+        end = self.total_epochs
+        if until_stage is not None:
+            end = sum(plan.epochs for plan in self.plan if plan.stage <= until_stage)
+            if not 0 < end < self.total_epochs:
+                raise ValueError(
+                    f"until_stage is {until_stage}, but must end after the first epoch and before the last one "
+                    f"(that would be after epoch {end} of {self.total_epochs})"
+                )
+        forked = self._load(fork)
         log = RunLog(self.folder, len(self.rows) + 1) if self.world.rank == 0 else None
         try:
             if log:
                 log.say(self.data.describe())
                 write_text(self.folder / "config.yaml", dump(self.config))
+            if log and forked:  # from here on the run needs its prefix no more
+                log.say(f"epochs 1 to {len(self.rows)} are those of {fork}")
+                log.add(self.rows)
+                save_checkpoint(self.folder / CHECKPOINT_NAME, self._state())
             if self.rows:  # the last report may have been lost with the process that made it
                 report(self.rows[-1])
-            for epoch in range(len(self.rows) + 1, self.total_epochs + 1):
+            for epoch in range(len(self.rows) + 1, end + 1):
                 row = self.train_one_epoch(epoch)
                 self.rows.append(row)
                 if log:  # the checkpoint last: what a crash leaves half written is then written again
@@ -169,7 +188,7 @@ class Trainer:
         previous = self.hierarchy.finest_labels
         levels = self._cluster(plan, epoch) if plan.uses_prototypes else []
         clustered = time.perf_counter()
-        row = {"epoch": epoch, "stage": plan.stage, "state": "running", "world_size": self.world.size}
+        row = {"epoch": epoch, "stage": plan.stage, "state": "running", "shared": False, "world_size": self.world.size}
         row |= self._train_batches(plan, epoch, levels)
         trained = time.perf_counter()
         if row["loss"] is not None:
@@ -332,22 +351,13 @@ class Trainer:
             "rows": self.rows,
         }
 
-    def _resume(self) -> None:
-        """Load the folder's checkpoint, if there is one, into a freshly built trainer."""
-        path = self.folder / CHECKPOINT_NAME
-        if not path.exists():
-            return
-        state = load_checkpoint(path)
-        differing = differing_fields(self.config, config_of(state))
-        if differing:
-            raise UserError(
-                f"{path}: belongs to another configuration (it differs at {', '.join(differing)}); "
-                "give another folder (--folder), or the configuration this one was started with"
-            )
-        if state["data"]["hash"] != self.data.content_hash:
-            raise UserError(
-                f"{path}: was trained on other images than {self.data.source} holds now; give another folder"
-            )
+    def _load(self, fork: Path | None) -> bool:
+        """Load the folder's checkpoint, else the one to fork from, if any; tells whether it forked."""
+        own = self.folder / CHECKPOINT_NAME
+        path = own if own.exists() else fork
+        if path is None:
+            return False
+        state = (own_state if path is own else forked_state)(path, self._state(), self.config)
         try:
             self.pair.load_state_dict(state["pair"])
         except RuntimeError as error:  # only a backbone given in Python can differ under an equal configuration
@@ -362,6 +372,7 @@ class Trainer:
         self.rows = state["rows"]
         self._prepare(stage_at(self.plan, len(self.rows)))
         self._optimizer.load_state_dict(state["optimizer"])
+        return path is fork
 
 
 def _describe(levels: list[Level], previous: Tensor | None) -> Row:

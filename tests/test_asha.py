@@ -1,11 +1,14 @@
-"""ASHA over scripted curves, without a cluster."""
+"""The stopping rule over random curves, without a cluster: beside Ray's own, beside a plain reference, broken off."""
 
 from __future__ import annotations
 
-import itertools
+import math
+import pickle
 import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,145 +16,581 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
-from hpcl.search.asha import CurveASHA, finite
+from hpcl.config import Config
+from hpcl.search.asha import StageASHA, finite
+from hpcl.search.clock import StageClock
 
 Row = dict[str, Any]
+NO_CONTROLLER: Any = None
+
+
+class Killed(Exception):
+    """The search is gone."""
+
+
+class Log:
+    """A ledger that keeps what it is told, and can break off before any of it."""
+
+    def __init__(self, lives: float = math.inf) -> None:
+        self.rows: list[Row] = []
+        self.rungs: list[tuple[str, int, float, float]] = []
+        self.ends: dict[str, tuple[str, str]] = {}
+        self.order: list[str] = []
+        self.lives = lives
+        self._newest: dict[str, int] = {}
+
+    def add(self, trial_id: str, result: Mapping[str, Any]) -> Row | None:
+        if result["epoch"] <= self._newest.get(trial_id, 0):
+            return None
+        self._note("row")
+        self._newest[trial_id] = result["epoch"]
+        self.rows.append({**result, "trial_id": trial_id})
+        return self.rows[-1]
+
+    def rung(self, trial_id: str, bracket: int, rung: float, value: float) -> None:
+        self._note("rung")
+        self.rungs.append((trial_id, bracket, rung, value))
+
+    def end(self, trial_id: str, state: str, reason: str) -> None:
+        self._note("end")
+        assert trial_id not in self.ends, "a trial ends once"
+        self.ends[trial_id] = (state, reason)
+
+    def _note(self, what: str) -> None:
+        if self.lives <= 0:
+            raise Killed
+        self.lives -= 1
+        self.order.append(what)
+
+    @property
+    def stopped(self) -> dict[str, str]:
+        return {trial_id: reason for trial_id, (state, reason) in self.ends.items() if state == "stopped"}
 
 
 def fake(trial_id: str) -> Any:
-    return SimpleNamespace(trial_id=trial_id)
+    """A trial as Tune hands it over; its own id is another one in each session."""
+    return SimpleNamespace(trial_id=f"tune-{trial_id}", config={"trial": trial_id})
 
 
-def asha(trials: list[str], mode: Any = "max", **kwargs: Any) -> CurveASHA:
-    scheduler = CurveASHA("m", mode, **{"epochs": 16, "grace": 2, "factor": 2.0, **kwargs})
-    for trial_id in trials:
-        scheduler.on_trial_add(None, fake(trial_id))  # type: ignore[arg-type]
-    return scheduler
+def asha(log: Log | None = None, mode: Any = "max", **kwargs: Any) -> StageASHA:
+    defaults: Row = {"total": 16.5, "grace": 2, "factor": 2.0, "clock": lambda trial_id, epoch: float(epoch)}
+    return StageASHA("m", mode, **{**defaults, "ledger": log or Log(), **kwargs})
 
 
-def feed(scheduler: Any, trial_id: str, row: Row) -> str:
-    return str(scheduler.on_trial_result(None, fake(trial_id), row))
+def add(scheduler: Any, trial_id: str) -> None:
+    scheduler.on_trial_add(NO_CONTROLLER, fake(trial_id))
 
 
-def decide_again(rows: list[tuple[str, Row]], rungs: list[float], factor: float, sign: float = 1.0) -> dict[str, int]:
-    """Which trials ASHA stops at which epoch, from the rows in order of arrival (plain reference)."""
-    recorded: dict[float, dict[str, float]] = {rung: {} for rung in rungs}
-    seen: dict[str, int] = {}
-    stops: dict[str, int] = {}
-    for trial_id, row in rows:
-        if trial_id in stops or row["epoch"] <= seen.get(trial_id, 0):
+def report(scheduler: Any, trial_id: str, row: Row) -> str:
+    return str(scheduler.on_trial_result(NO_CONTROLLER, fake(trial_id), row))
+
+
+def feed(scheduler: Any, trial_id: str, epoch: int, value: Any = None, **more: Any) -> str:
+    return report(scheduler, trial_id, {"epoch": epoch, "m": value, "state": "running"} | more)
+
+
+def complete(scheduler: Any, trial_id: str, row: Row) -> None:
+    scheduler.on_trial_complete(NO_CONTROLLER, fake(trial_id), row)
+
+
+class Again(NamedTuple):
+    """What the rule says of a search's rows."""
+
+    stops: dict[str, int]
+    """Trial id -> epoch at which it is to be stopped."""
+    rungs: list[tuple[str, int, float, float]]
+    """(trial id, bracket, rung, value) in order."""
+
+
+def decide_again(
+    rows: Iterable[Mapping[str, Any]],
+    rungs: Sequence[Sequence[float]],
+    factor: float,
+    *,
+    metric: str = "m",
+    mode: str = "max",
+    min_peers: int = 1,
+    bracket_of: Callable[[str], int] = lambda trial_id: 0,
+) -> Again:
+    """All decisions of a search from its rows: a plain reference that shares nothing with the scheduler.
+
+    Args:
+        rows: rows of ``epochs.parquet`` in order of arrival; of each are used trial_id, epoch, clock,
+            state (running where it is missing), shared (likewise false) and the metric's column.
+        rungs: the rungs' times by bracket, as ``StageASHA.rungs``; of one bracket: ``[times]``.
+        factor: 1 in `factor` goes on.
+        metric: the curve's column.
+        mode: max or min.
+        min_peers: other values at a rung that a decision needs.
+        bracket_of: trial id -> its bracket (``StageASHA.bracket``).
+    """
+    sign = 1.0 if mode == "max" else -1.0
+    values: dict[tuple[int, float], list[float]] = {}
+    answered: dict[str, float] = {}
+    newest: dict[str, int] = {}
+    again = Again({}, [])
+    for row in rows:
+        trial_id, epoch, value = row["trial_id"], row["epoch"], row.get(metric)
+        if trial_id.startswith("prefix-") or trial_id in again.stops or epoch <= newest.get(trial_id, 0):
             continue
-        seen[trial_id] = row["epoch"]
-        value = row.get("m")
-        if value is None or not np.isfinite(value) or row.get("state", "running") != "running":
+        newest[trial_id] = epoch
+        if row.get("state", "running") != "running" or row.get("shared") or value is None or not np.isfinite(value):
             continue
-        reached = [rung for rung in rungs if rung <= row["epoch"]]
-        if not reached or trial_id in recorded[reached[-1]]:
+        bracket = bracket_of(trial_id)
+        reached = [rung for rung in rungs[bracket] if row["clock"] > rung - 1e-6]
+        if not reached or max(reached) <= answered.get(trial_id, -math.inf):
             continue
-        peers = list(recorded[reached[-1]].values())
-        recorded[reached[-1]][trial_id] = sign * value
-        if peers and sign * value < np.percentile(peers, 100 * (1 - 1 / factor)):
-            stops[trial_id] = row["epoch"]
-    return stops
+        answered[trial_id] = max(reached)
+        peers = values.setdefault((bracket, max(reached)), [])
+        if len(peers) >= min_peers and sign * value < np.percentile(peers, 100 * (1 - 1 / factor)):
+            again.stops[trial_id] = epoch
+        peers.append(sign * value)
+        again.rungs.append((trial_id, bracket, max(reached), value))
+    return again
 
 
-def test_rungs_are_grace_times_powers_of_the_factor() -> None:
-    assert asha([], epochs=27, grace=3, factor=3).rungs == [3, 9, 27]
-    assert asha([], epochs=20, grace=2, factor=2).rungs == [2, 4, 8, 16]
-    assert asha([], epochs=3, grace=5, factor=2).rungs == [5]
+# ---------------------------------------------------------------- beside Ray's own
 
 
-def test_a_stop_says_where_why_and_against_how_many() -> None:
-    scheduler = asha(["a", "b", "c"], grace=8)
-    assert feed(scheduler, "a", {"epoch": 8, "m": 0.3}) == "CONTINUE"
-    assert feed(scheduler, "b", {"epoch": 8, "m": 0.4}) == "CONTINUE"
-    assert feed(scheduler, "c", {"epoch": 8, "m": 0.2}) == "STOP"
-    assert scheduler.reasons == {"c": "epoch 8: m 0.2, below the rung's top 1/2 at 0.35 (n = 2)"}
-
-
-def test_smaller_is_better_in_mode_min() -> None:
-    scheduler = asha(["a", "b"], mode="min")
-    feed(scheduler, "a", {"epoch": 2, "m": 1.0})
-    assert feed(scheduler, "b", {"epoch": 2, "m": 1.5}) == "STOP"
-    assert scheduler.reasons["b"] == "epoch 2: m 1.5, above the rung's top 1/2 at 1 (n = 1)"
-
-
-@pytest.mark.parametrize("nothing", [{}, {"m": None}, {"m": float("nan")}, {"m": float("inf")}, {"m": "0.5"}])
-def test_a_row_without_a_value_is_not_asked_and_stands_in_no_rung(nothing: Row) -> None:
-    scheduler = asha(["a", "b", "c"])
-    assert feed(scheduler, "a", {"epoch": 2, **nothing}) == "CONTINUE"
-    assert feed(scheduler, "b", {"epoch": 2, "m": 0.5}) == "CONTINUE"
-    assert feed(scheduler, "c", {"epoch": 2, "m": 0.4}) == "STOP"
-    assert "n = 1" in scheduler.reasons["c"]
-    # The curve of a begins at epoch 3: that row is its answer at the rung of epoch 2.
-    assert feed(scheduler, "a", {"epoch": 3, "m": 0.1}) == "STOP"
-
-
-@pytest.mark.parametrize("state", ["finished", "diverged"])
-def test_the_last_row_is_not_asked(state: str) -> None:
-    scheduler = asha(["a", "b"])
-    feed(scheduler, "a", {"epoch": 16, "m": 0.9})
-    assert feed(scheduler, "b", {"epoch": 16, "m": 0.1, "state": state}) == "CONTINUE"
-    scheduler.on_trial_complete(None, fake("b"), {"epoch": 16, "m": 0.1})  # type: ignore[arg-type]
-    assert all("b" not in recorded for _, recorded in scheduler._brackets[0]._rungs)
-
-
-def test_a_repeated_row_is_asked_once() -> None:
-    scheduler = asha(["a", "b"])
-    feed(scheduler, "b", {"epoch": 2, "m": 0.5})
-    feed(scheduler, "a", {"epoch": 2, "m": 0.9})
-    # A resume brings row 2 again, now below a: the trial was already let through here.
-    assert feed(scheduler, "b", {"epoch": 2, "m": 0.5}) == "CONTINUE"
-    assert feed(scheduler, "b", {"epoch": 3, "m": 0.5}) == "CONTINUE"
-    assert scheduler.reasons == {}
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([2.0, 3.0, 2.5]), st.integers(1, 5), st.sampled_from(["max", "min"]))
-def test_decisions_equal_rays_own_where_every_row_has_a_value(seed: int, factor: float, grace: int, mode: Any) -> None:
-    chance = random.Random(seed)
-    names = [f"t{i}" for i in range(8)]
-    ours = CurveASHA("m", mode, epochs=20, grace=grace, factor=factor)
-    rays = AsyncHyperBandScheduler("epoch", "m", mode, 20, grace, factor, stop_last_trials=False)
-    for name in names:
-        ours.on_trial_add(None, fake(name))  # type: ignore[arg-type]
-        rays.on_trial_add(None, fake(name))
+def random_search(chance: random.Random, names: Sequence[str], epochs: int) -> Iterator[tuple[str, int, float]]:
+    """Full reports of several trials, in any order; `send` True ends the trial of the newest row."""
     at = dict.fromkeys(names, 0)
-    rows = []
+    quality = {name: chance.random() for name in names}
     while at:
         name = chance.choice(list(at))
         at[name] += 1
-        row = {"epoch": at[name], "m": round(chance.random(), 2)}
-        rows.append((name, row))
-        decision = feed(ours, name, row)
-        assert decision == feed(rays, name, row)
-        if decision == "STOP" or at[name] == 20:
+        value = round(quality[name] * at[name] / (at[name] + 3) + 0.2 * chance.random(), 2)
+        if (yield name, at[name], value) or at[name] == epochs:
             del at[name]
-    stops = decide_again(rows, ours.rungs, factor, 1.0 if mode == "max" else -1.0)
-    assert stops.keys() == ours.reasons.keys()
-    assert all(ours.reasons[name].startswith(f"epoch {epoch}:") for name, epoch in stops.items())
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6))
-def test_decisions_follow_the_plain_rule_with_holes_and_repeats(seed: int) -> None:
+def drive(steps: Any, decide: Callable[[str, int, float], bool]) -> None:
+    """Run a search; `decide` says whether a trial is to stop."""
+    try:
+        name, epoch, value = next(steps)
+        while True:
+            name, epoch, value = steps.send(decide(name, epoch, value))
+    except StopIteration:
+        pass
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0, 10**9),
+    st.sampled_from([2, 3, 4, 2.5]),
+    st.integers(1, 5),
+    st.integers(5, 30),
+    st.integers(1, 12),
+    st.sampled_from(["max", "min"]),
+)
+def test_every_decision_is_rays_where_nothing_is_amiss(
+    seed: int, factor: Any, grace: int, epochs: int, trials: int, mode: Any
+) -> None:
+    names = [f"{i:04d}" for i in range(trials)]
+    log = Log()
+    ours = asha(log, mode, total=epochs, grace=grace, factor=factor)
+    rays = AsyncHyperBandScheduler("epoch", "m", mode, epochs, grace, factor, stop_last_trials=False)
+    for name in names:
+        add(ours, name)
+        add(rays, name)
+
+    def decide(name: str, epoch: int, value: float) -> bool:
+        own = feed(ours, name, epoch, value, state="finished" if epoch == epochs else "running")
+        # Ray's may stop a trial by its last row, when it has finished: ours never does.
+        assert own == (feed(rays, name, epoch, value) if epoch < epochs else "CONTINUE")
+        return own == "STOP"
+
+    drive(random_search(random.Random(seed), names, epochs), decide)
+    for rung, recorded in ours._brackets[0]._rungs:
+        assert {f"tune-{name}": value for name, value in recorded.items()} == dict(rays._brackets[0]._rungs)[rung]
+    assert len(ours.rungs[0]) == sum(rung < epochs for rung, _ in rays._brackets[0]._rungs)
+    again = decide_again(log.rows, ours.rungs, factor, mode=mode)
+    assert again.rungs == log.rungs and again.stops.keys() == log.stopped.keys()
+    assert all(log.stopped[name].startswith(f"epoch {epoch}: m ") for name, epoch in again.stops.items())
+
+
+def test_some_of_these_searches_stop_many_trials() -> None:
+    log = Log()
+    ours = asha(log)
+    names = [f"{i:04d}" for i in range(12)]
+    drive(random_search(random.Random(1), names, 16), lambda *row: feed(ours, *row) == "STOP")
+    assert 4 <= len(log.stopped) < 12 and len({rung for _, _, rung, _ in log.rungs}) == 4
+
+
+def test_a_skipped_rung_is_not_answered_later_as_rays_is() -> None:
+    rays = AsyncHyperBandScheduler("epoch", "m", "max", 16, 2, 2)  # as it comes
+    log = Log()
+    ours = asha(log)
+    for scheduler in (rays, ours):
+        add(scheduler, "0001")
+    for epoch in (9, 10, 11, 12):
+        feed(rays, "0001", epoch, 0.5)
+        feed(ours, "0001", epoch, 0.5)
+    assert sorted(rung for rung, recorded in rays._brackets[0]._rungs if recorded) == [2, 4, 8]
+    assert log.rungs == [("0001", 0, 8.0, 0.5)]
+
+
+# ---------------------------------------------------------------- what is no question
+
+
+@pytest.mark.parametrize("nothing", [{}, {"m": None}, {"m": "0.5"}, {"m": True}])
+def test_a_row_without_a_value_is_not_asked_and_stands_in_no_rung(nothing: Row) -> None:
+    log = Log()
+    scheduler = asha(log)
+    assert report(scheduler, "0000", {"epoch": 2, **nothing}) == "CONTINUE"
+    assert feed(scheduler, "0001", 2, 0.5) == "CONTINUE"
+    assert log.rungs == [("0001", 0, 2.0, 0.5)]
+    # The curve of 0000 begins at epoch 3: that row is its answer at the rung of epoch 2.
+    assert feed(scheduler, "0000", 3, 0.1) == "STOP"
+    assert log.stopped == {"0000": "epoch 3: m 0.1, below the rung's top 1/2 at 0.5 (n = 1)"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_value_that_is_not_finite_ends_the_trial_as_diverged(value: Any, mode: Any, epoch: int) -> None:
+    log = Log()
+    scheduler = asha(log, mode)
+    assert feed(scheduler, "0000", epoch, value) == "STOP"
+    assert log.ends == {"0000": ("diverged", f"epoch {epoch}: m is not finite ({float(value)})")}
+    assert log.rungs == [] and log.order == ["row", "end"]
+    assert feed(scheduler, "0001", 2, 0.0) == feed(scheduler, "0001", 4, 0.0) == "CONTINUE"
+
+
+def test_also_the_last_row_of_a_trial_may_diverge() -> None:
+    log = Log()
+    feed(asha(log), "0000", 16, math.nan, state="finished")
+    assert log.ends["0000"] == ("diverged", "epoch 16: m is not finite (nan)")
+
+
+def test_a_trial_that_says_it_diverged_ends_by_itself() -> None:
+    log = Log()
+    assert feed(asha(log), "0000", 4, math.nan, state="diverged") == "CONTINUE"
+    assert log.ends == {"0000": ("diverged", "epoch 4: the loss is not finite")} and log.rungs == []
+
+
+@pytest.mark.parametrize("epoch", [2, 8, 9, 16])
+def test_a_finished_trial_is_never_stopped_and_stands_in_no_rung(epoch: int) -> None:
+    log = Log()
+    scheduler = asha(log, draining=lambda: True)
+    for i in range(4):
+        feed(scheduler, f"000{i}", epoch, 0.9)
+    before = list(log.rungs)
+    assert feed(scheduler, "0009", epoch, 0.1, state="finished") == "CONTINUE"
+    # Tune asks again with the same row when the function returns, then reports the completion.
+    assert feed(scheduler, "0009", epoch, 0.1, state="finished", done=True) == "CONTINUE"
+    complete(scheduler, "0009", {"epoch": epoch, "m": 0.1})
+    assert log.ends == {"0009": ("finished", f"all {epoch} epochs trained")} and log.rungs == before
+    assert all("0009" not in recorded for _, recorded in scheduler._brackets[0]._rungs)
+
+
+def test_what_has_no_epoch_is_no_row() -> None:
+    log = Log()
+    scheduler = asha(log, draining=lambda: True)
+    assert report(scheduler, "0000", {"state": "failed"}) == "CONTINUE"
+    assert log.order == []
+
+
+def test_a_repeated_row_is_asked_once() -> None:
+    log = Log()
+    scheduler = asha(log)
+    feed(scheduler, "0001", 2, 0.5)
+    feed(scheduler, "0000", 2, 0.9)
+    # A resume brings row 2 again, now below 0000: the trial was already let through here.
+    assert feed(scheduler, "0001", 2, 0.5) == feed(scheduler, "0001", 3, 0.5) == "CONTINUE"
+    assert log.ends == {} and len(log.rows) == 3 and len(log.rungs) == 2
+
+
+def test_shared_epochs_stand_in_no_rung() -> None:
+    log = Log()
+    scheduler = asha(log)
+    assert feed(scheduler, "0000", 2, 0.5, shared=True) == feed(scheduler, "0000", 3, 0.6) == "CONTINUE"
+    assert log.rungs == [("0000", 0, 2.0, 0.6)] and log.rows[0]["clock"] == 2.0
+
+
+def test_prefixes_are_logged_and_never_asked() -> None:
+    log = Log()
+    scheduler = asha(log, brackets=2, clock=lambda trial_id, epoch: epoch / 2)
+    add(scheduler, "prefix-0a1b")
+    for epoch in (2, 4, 8):
+        assert feed(scheduler, "prefix-0a1b", epoch, math.nan) == "CONTINUE"
+    assert feed(scheduler, "prefix-0a1b", 9, 0.1, state="finished") == "CONTINUE"
+    complete(scheduler, "prefix-0a1b", {})
+    assert [row["clock"] for row in log.rows] == [1.0, 2.0, 4.0, 4.5]
+    assert log.order == ["row"] * 4 + ["end"] and log.ends == {"prefix-0a1b": ("finished", "all 9 epochs trained")}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from(["max", "min"]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]))
+def test_the_plain_rule_holds_with_holes_repeats_and_skips(seed: int, mode: Any, min_peers: int, brackets: int) -> None:
     chance = random.Random(seed)
-    names = [f"t{i}" for i in range(6)]
-    scheduler = asha(names)
-    rows: list[tuple[str, Row]] = []
-    stopped: set[str] = set()
-    for epoch, name in itertools.product(range(1, 17), names):
-        if name in stopped:
-            continue
-        value = chance.choice([None, float("nan"), chance.random(), chance.random()])
-        row: Row = {"epoch": epoch, "m": value, "state": "finished" if epoch == 16 else "running"}
+    log = Log()
+    scheduler = asha(log, mode, min_peers=min_peers, brackets=brackets, seed=seed, factor=chance.choice([2, 3, 2.5]))
+    at = {f"{i:04d}": 0 for i in range(10)}
+    rows: list[Row] = []
+    while at:
+        name = chance.choice(list(at))
+        at[name] = min(at[name] + chance.choice([1, 1, 1, 2, 5]), 16)
+        state = "finished" if at[name] == 16 else "running"
+        row: Row = {"epoch": at[name], "m": chance.choice([None, *[chance.random()] * 5]), "state": state}
         for again in [row] * chance.choice([1, 1, 2]):
-            if name in stopped:
-                break
-            rows.append((name, again))
-            if feed(scheduler, name, again) == "STOP":
-                stopped.add(name)
-    assert decide_again(rows, scheduler.rungs, 2.0).keys() == stopped == scheduler.reasons.keys()
+            rows.append({**again, "trial_id": name, "clock": float(row["epoch"])})
+            stop = report(scheduler, name, again) == "STOP"
+        if stop or state == "finished":
+            del at[name]
+    wanted = decide_again(
+        rows,
+        scheduler.rungs,
+        scheduler._reduction_factor,
+        mode=mode,
+        min_peers=min_peers,
+        bracket_of=scheduler.bracket,
+    )
+    assert wanted.rungs == log.rungs and wanted.stops.keys() == log.stopped.keys()
+    per_trial: dict[str, list[float]] = {}
+    for trial_id, _, rung, _ in log.rungs:
+        per_trial.setdefault(trial_id, []).append(rung)
+    assert all(rungs == sorted(set(rungs)) for rungs in per_trial.values())  # each once, and upwards only
+
+
+# ---------------------------------------------------------------- the clock
+
+
+def test_trials_meet_at_the_same_place_of_the_schedule() -> None:
+    lengths = {"0000": (20, 5, 50, 5, 70), "0001": (10, 5, 100, 5, 70), "0002": (40, 0, 25, 5, 70)}
+    stage = StageClock(Config())
+    log = Log()
+    scheduler = asha(log, total=stage.total, grace=25, factor=2, clock=lambda t, epoch: stage.time(lengths[t], epoch))
+    assert scheduler.rungs == ((25.0, 50.0, 100.0),)
+    for trial_id in lengths:
+        for epoch in range(1, sum(lengths[trial_id])):
+            assert feed(scheduler, trial_id, epoch, 0.5) == "CONTINUE"
+    ends = {trial_id: [row for row in log.rows if row["trial_id"] == trial_id] for trial_id in lengths}
+    first = {t: next(row["epoch"] for row in rows if row["clock"] >= 25) for t, rows in ends.items()}
+    assert first == {"0000": 25, "0001": 15, "0002": 41}  # the end of stage 2; 0002 has none
+    assert Counter(rung for _, _, rung, _ in log.rungs) == {25.0: 3, 50.0: 3, 100.0: 3}
+
+
+def test_rungs_count_from_the_fork_and_none_without_a_grace() -> None:
+    assert asha(total=150, grace=8, fork=25).rungs == ((33.0, 41.0, 57.0, 89.0),)
+    assert asha(total=20, grace=2, fork=0, brackets=3).rungs == ((2, 4, 8, 16), (4, 8, 16), (8, 16))
+    log = Log()
+    free = asha(log, grace=None, brackets=2)
+    assert free.rungs == ((), ())
+    for trial_id, value in (("0000", 0.9), ("0001", 0.1)):
+        assert {feed(free, trial_id, epoch, value) for epoch in range(1, 16)} == {"CONTINUE"}
+        feed(free, trial_id, 16, value, state="finished")
+    assert log.rungs == [] and len(log.ends) == 2
+
+
+# ---------------------------------------------------------------- reasons
+
+
+def test_a_stop_says_where_why_and_against_how_many_after_its_rung_is_logged() -> None:
+    log = Log()
+    scheduler = asha(log, grace=8, factor=3)
+    for trial_id, value in (("0000", 0.3), ("0001", 0.4)):
+        assert feed(scheduler, trial_id, 8, value) == "CONTINUE"
+    assert feed(scheduler, "0002", 8, 0.2) == "STOP"
+    assert log.ends == {"0002": ("stopped", "epoch 8: m 0.2, below the rung's top 1/3 at 0.3667 (n = 2)")}
+    assert log.order[-3:] == ["row", "rung", "end"] and log.rungs[-1] == ("0002", 0, 8.0, 0.2)
+
+
+def test_smaller_is_better_in_mode_min_and_values_are_logged_as_reported() -> None:
+    log = Log()
+    scheduler = asha(log, "min")
+    feed(scheduler, "0000", 2, 1.0)
+    assert feed(scheduler, "0001", 2, 1.5) == "STOP"
+    assert log.stopped == {"0001": "epoch 2: m 1.5, above the rung's top 1/2 at 1 (n = 1)"}
+    assert log.rungs == [("0000", 0, 2.0, 1.0), ("0001", 0, 2.0, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "texts"),
+    [
+        (0.28901, 0.28902, ("0.28901", "0.28902")),
+        (0.2, 0.20000000001, ("0.2", "0.20000000001")),
+        (0.1, math.nextafter(0.1, 1), ("0.10000000000000001", "0.10000000000000002")),
+    ],
+)
+def test_a_reason_never_has_two_equal_numbers(value: float, bound: float, texts: tuple[str, str]) -> None:
+    log = Log()
+    scheduler = asha(log)
+    feed(scheduler, "0000", 2, bound)
+    feed(scheduler, "0001", 2, value)
+    assert log.stopped["0001"] == f"epoch 2: m {texts[0]}, below the rung's top 1/2 at {texts[1]} (n = 1)"
+
+
+# ---------------------------------------------------------------- peers and brackets
+
+
+def test_a_decision_needs_min_peers_others() -> None:
+    for min_peers in (1, 2, 3, 5):
+        log = Log()
+        scheduler = asha(log, min_peers=min_peers)
+        answers = [feed(scheduler, f"{i:04d}", 2, 1.0 - i / 10) for i in range(7)]
+        assert answers == ["CONTINUE"] * min_peers + ["STOP"] * (7 - min_peers)
+        assert len(log.rungs) == 7  # also those that were let through
+
+
+def test_brackets_are_seeded_and_as_frequent_as_rays() -> None:
+    trials = 3000
+    rays = AsyncHyperBandScheduler("t", "m", "max", 16, 2, 2, brackets=3)
+    np.random.seed(0)  # Ray's draw is from the global generator
+    for i in range(trials):
+        add(rays, f"{i:04d}")
+    first, second, other = (asha(brackets=3, seed=seed, total=17) for seed in (7, 7, 8))
+
+    def drawn(scheduler: Any, order: Iterable[int]) -> dict[str, int]:
+        for i in order:
+            add(scheduler, f"{i:04d}")
+        return {trial_id: scheduler._brackets.index(bracket) for trial_id, bracket in scheduler._trial_info.items()}
+
+    ours = drawn(first, range(trials))
+    assert ours == drawn(second, reversed(range(trials))) != drawn(other, range(trials))
+    counts, expected = Counter(ours.values()), Counter(drawn(rays, ()).values())
+    weights = np.exp([0, -1, -2])  # 4, 3 and 2 rungs
+    for s, share in enumerate(weights / weights.sum()):
+        spread = math.sqrt(trials * share * (1 - share))
+        assert abs(counts[s] - trials * share) < 4 * spread and abs(expected[s] - trials * share) < 4 * spread
+
+
+def test_a_trial_that_is_tried_again_keeps_bracket_and_rungs() -> None:
+    log = Log()
+    scheduler = asha(log, brackets=3, total=17)
+    names = [f"{i:04d}" for i in range(20)]
+    for name in names:
+        add(scheduler, name)
+        feed(scheduler, name, 8, 0.5)
+    brackets, rungs = dict(scheduler._trial_info), list(log.rungs)
+    for name in names:
+        scheduler.on_trial_error(NO_CONTROLLER, fake(name))  # Tune tells of the error, then adds the trial again
+        add(scheduler, name)
+        assert feed(scheduler, name, 8, 0.5) == feed(scheduler, name, 9, 0.1) == "CONTINUE"
+    assert scheduler._trial_info == brackets and log.rungs == rungs
+
+
+def test_an_unknown_trial_can_be_removed() -> None:
+    scheduler = asha()
+    scheduler.on_trial_remove(NO_CONTROLLER, fake("0042"))
+    complete(scheduler, "0042", {"epoch": 2, "m": 0.5})
+    assert all(not recorded for _, recorded in scheduler._brackets[0]._rungs)
+
+
+# ---------------------------------------------------------------- cut short and taken up
+
+
+def test_draining_lets_a_trial_go_after_its_epoch_without_ending_it() -> None:
+    log = Log()
+    draining = False
+    scheduler = asha(log, draining=lambda: draining)
+    feed(scheduler, "0000", 2, 0.9)
+    draining = True
+    assert feed(scheduler, "0001", 2, 0.95) == feed(scheduler, "0000", 3, 0.9) == "STOP"
+    assert feed(scheduler, "prefix-1", 1) == "STOP"
+    assert log.ends == {} and len(log.rows) == 4 and len(log.rungs) == 2
+    # What ends anyway ends.
+    assert feed(scheduler, "0002", 2, 0.1) == "STOP" and feed(scheduler, "0003", 2, math.nan) == "STOP"
+    assert [state for state, _ in log.ends.values()] == ["stopped", "diverged"]
+
+
+def test_ended_trials_are_asked_no_more() -> None:
+    log = Log()
+    scheduler = asha(log)
+    scheduler.restore([("0000", 0, 2.0, 0.5), ("0001", 0, 2.0, 0.4)], ended=["0001", "0002"])
+    for trial_id in ("0001", "0002"):
+        add(scheduler, trial_id)
+        assert feed(scheduler, trial_id, 4, 0.9) == "STOP"
+    assert log.order == []
+
+
+def test_a_resumed_trial_keeps_the_bracket_of_the_log_also_against_the_draw() -> None:
+    log = Log()
+    scheduler = asha(log, brackets=3, total=17)
+    drawn = {name: scheduler.bracket(name) for name in (f"{i:04d}" for i in range(20))}
+    logged = {name: (bracket + 1) % 3 for name, bracket in drawn.items()}
+    resumed = asha(log, brackets=3, total=17)
+    resumed.restore([(name, bracket, 8.0, 0.5) for name, bracket in logged.items()])
+    for name in drawn:
+        add(resumed, name)
+        feed(resumed, name, 16, 0.5)
+    assert {name: resumed.bracket(name) for name in drawn} == logged
+    assert {name: bracket for name, bracket, rung, _ in log.rungs if rung == 16} == logged
+
+
+@pytest.mark.parametrize(("bracket", "rung"), [(0, 3.0), (1, 2.0), (-1, 2.0)])
+def test_the_rungs_of_another_search_are_refused(bracket: int, rung: float) -> None:
+    with pytest.raises(
+        ValueError, match=f"0000 at rung {rung:g} of bracket {bracket}, but this search's rungs are 2, 4"
+    ):
+        asha().restore([("0000", bracket, rung, 0.5)])
+
+
+def test_tune_can_pickle_it_while_its_ledger_is_open() -> None:
+    scheduler = asha(brackets=2)
+    scheduler._ledger = lambda: "no lambda can be pickled"  # type: ignore[assignment]
+    assert pickle.loads(pickle.dumps(scheduler)).rungs == scheduler.rungs
+
+
+@pytest.mark.parametrize(("lives", "kept"), [(2, "nothing"), (3, "row"), (4, "rung"), (5, "end")])
+def test_a_stop_holds_whatever_the_log_had_of_it(lives: int, kept: str) -> None:
+    log = Log(lives)
+    first = asha(log)
+    feed(first, "0000", 2, 0.9)
+    if kept == "end":
+        assert feed(first, "0001", 2, 0.1) == "STOP"
+    else:
+        with pytest.raises(Killed):
+            feed(first, "0001", 2, 0.1)
+    log.lives = math.inf
+    second = asha(log)
+    second.restore(list(log.rungs), ended=log.ends)
+    assert feed(second, "0000", 2, 0.9) == "CONTINUE"
+    assert feed(second, "0001", 2, 0.1) == "STOP"  # a resumed trial repeats its last row
+    assert log.stopped == {"0001": "epoch 2: m 0.1, below the rung's top 1/2 at 0.9 (n = 1)"}
+    assert log.rungs == [("0000", 0, 2.0, 0.9), ("0001", 0, 2.0, 0.1)] and len(log.rows) == 2
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from(["max", "min"]), st.integers(1, 3), st.sampled_from([1, 3]))
+def test_a_search_killed_at_any_moment_decides_as_an_unbroken_one(
+    seed: int, mode: Any, min_peers: int, brackets: int
+) -> None:
+    chance = random.Random(seed)
+    rules: Row = {"min_peers": min_peers, "brackets": brackets, "seed": seed, "factor": chance.choice([2, 3])}
+    order = [f"{i:04d}" for i in range(8)] * 16
+    chance.shuffle(order)
+    rows: list[tuple[str, int, Any, str]] = []
+    for place, name in enumerate(order):
+        epoch = order[: place + 1].count(name)
+        value = math.nan if chance.random() < 0.01 else chance.choice([None, *[round(chance.random(), 2)] * 9])
+        rows.append((name, epoch, value, "finished" if epoch == 16 else "running"))
+
+    def session(log: Log, place: int) -> int:
+        """Take the search up after row `place`, which may be half done; the row in work at the kill, or the last."""
+        scheduler = asha(log, mode, **rules)
+        scheduler.restore(list(log.rungs), ended=log.ends)
+        repeated = list({row[0]: row for row in rows[: place + 1]}.values())
+        chance.shuffle(repeated)
+        try:
+            for name, epoch, value, state in repeated:
+                if name not in log.ends:
+                    feed(scheduler, name, epoch, value, state=state)
+            while place + 1 < len(rows):
+                place += 1
+                name, epoch, value, state = rows[place]
+                if name not in log.ends:
+                    feed(scheduler, name, epoch, value, state=state)
+        except Killed:
+            pass
+        return place
+
+    whole, log = Log(), Log()
+    session(whole, -1)
+    place = -1
+    for log.lives in (chance.randrange(len(whole.order)), chance.randrange(3), chance.randrange(30), math.inf):
+        place = session(log, place)
+    assert log.rows == whole.rows and log.rungs == whole.rungs and log.ends == whole.ends
 
 
 def test_finite_takes_numbers_only() -> None:

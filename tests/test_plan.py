@@ -1,4 +1,4 @@
-"""What a search will do: concurrency without deadlock, rungs, epochs to expect, the text."""
+"""What a search will do: concurrency without deadlock, rungs, epochs and hours to expect, the text."""
 
 from __future__ import annotations
 
@@ -8,25 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcl.errors import ConfigError
 from hpcl.search import space as spaces
+from hpcl.search.check import BACKBONES, backbone_problems
+from hpcl.search.expected import Measured, expected_work, survivors, trial_lengths
 from hpcl.search.machine import local_node
 from hpcl.search.params import Resources
-from hpcl.search.plan import (
-    DRIVER_CPUS,
-    Node,
-    concurrency,
-    describe_nodes,
-    expected_epochs,
-    make_plan,
-    render,
-    rungs,
-    startup_trials,
-    survivors,
-)
+from hpcl.search.plan import DRIVER_CPUS, Node, Plan, concurrency, describe_nodes, duration, make_plan, startup_trials
+from hpcl.search.plan_text import render
+from hpcl.yamlio import Tree, read_tree
 
 SPACES = Path(__file__).parents[1] / "search_spaces"
 
@@ -121,42 +115,41 @@ def test_asking_for_too_much_is_refused_with_the_sum(resources: Resources, nodes
         assert text in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("grace", "factor", "epochs", "expected"),
-    [
-        (8, 2, 20, (8, 16)),
-        (8, 2, 16, (8,)),
-        (8, 3, 20, (8,)),
-        (1, 3, 100, (1, 3, 9, 27, 81)),
-        (20, 2, 20, ()),
-        (None, 2, 20, ()),
-    ],
-)
-def test_rungs_lie_below_the_total(grace: int | None, factor: int, epochs: int, expected: tuple[int, ...]) -> None:
-    assert rungs(grace, factor, epochs) == expected
+def plan_of(space: spaces.Space, *nodes: Node, measured: Measured | None = None) -> Plan:
+    return make_plan(space, nodes or [Node(2)], cluster="here", folder=Path("r"), measured=measured)
 
 
-def asha_by_hand(order: np.ndarray, rung_epochs: list[int], epochs: int, factor: int) -> int:
+def space_of(base: str, fields: str, search: str = "{}") -> spaces.Space:
+    return spaces.from_tree(read_tree(f"base: {base}\nspace: {fields}\nsearch: {search}\n", "s.yaml"))
+
+
+def asha_by_hand(order: np.ndarray, rungs: list[float], total: float, factor: int, start: float, peers: int) -> float:
     """Epochs trained when trials arrive one after another; `order` (trials, rungs) holds their values."""
-    recorded: list[list[float]] = [[] for _ in rung_epochs]
-    total = 0
+    recorded: list[list[float]] = [[] for _ in rungs]
+    trained = 0.0
     for values in order:
-        reached = epochs
-        for i, rung in enumerate(rung_epochs):
-            cutoff = np.percentile(recorded[i], (1 - 1 / factor) * 100) if recorded[i] else -math.inf
+        reached = total
+        for i, rung in enumerate(rungs):
+            few = len(recorded[i]) < peers
+            cutoff = -math.inf if few else np.percentile(recorded[i], (1 - 1 / factor) * 100)
             recorded[i].append(values[i])
             if values[i] < cutoff:
                 reached = rung
                 break
-        total += reached
-    return total
+        trained += reached - start
+    return trained
 
 
-@pytest.mark.parametrize(("trials", "factor", "rung_epochs"), [(16, 2, [8, 16]), (9, 3, [5]), (30, 4, [2, 8])])
-def test_expected_epochs_against_a_simulation(trials: int, factor: int, rung_epochs: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("trials", "factor", "rungs", "start", "peers"),
+    [(16, 2, [8.0, 16.0], 0.0, 1), (9, 3, [5.0], 2.0, 1), (30, 4, [2.0, 8.0], 0.0, 1), (16, 2, [8.0, 13.0], 3.0, 4)],
+)
+def test_expected_epochs_against_a_simulation(
+    trials: int, factor: int, rungs: list[float], start: float, peers: int
+) -> None:
     rng = np.random.default_rng(0)
-    runs = [asha_by_hand(rng.random((trials, len(rung_epochs))), rung_epochs, 20, factor) for _ in range(400)]
-    expected = expected_epochs(trials, 20, rung_epochs, factor)
+    runs = [asha_by_hand(rng.random((trials, len(rungs))), rungs, 20, factor, start, peers) for _ in range(400)]
+    expected = expected_work(trials, 20, rungs, factor, start=start, min_peers=peers)
     error = np.std(runs) / math.sqrt(len(runs))
     # Fractional arrivals at the second rung are interpolated: allow a percent for that.
     assert abs(np.mean(runs) - expected) < 4 * error + 0.01 * expected
@@ -167,10 +160,19 @@ def test_survivors() -> None:
     assert survivors(1, 3) == 1  # the first always goes on
     assert survivors(2, 2) == pytest.approx(1.5)  # the second if it is better than the first
     assert survivors(2.5, 2) == pytest.approx((survivors(2, 2) + survivors(3, 2)) / 2)
+    assert survivors(4, 3, min_peers=4) == 4
     assert survivors(10_000, 4) == pytest.approx(2500, rel=0.01)
     counts = [survivors(n / 10, 3) for n in range(200)]
     assert all(a < b for a, b in itertools.pairwise(counts))
-    assert expected_epochs(16, 20, [], 2) == 16 * 20
+
+
+def test_brackets_leave_out_rungs_and_so_cost_more() -> None:
+    rungs, e = [2.0, 4.0, 8.0], math.e
+    assert expected_work(16, 20, [], 2) == 16 * 20
+    one, two = (expected_work(100, 20, rungs, 2, brackets=n) for n in (1, 2))
+    first, second = 100 * e / (e + 1), 100 / (e + 1)  # e^3 and e^2, as Ray deals them
+    assert two == pytest.approx(expected_work(first, 20, rungs, 2) + expected_work(second, 20, rungs[1:], 2))
+    assert one < two
 
 
 def test_startup() -> None:
@@ -182,50 +184,168 @@ def test_startup() -> None:
 def test_the_plan_of_a_shipped_space() -> None:
     space = spaces.load(SPACES / "clusters.yaml")
     plan = make_plan(space, [Node(2)], cluster="this machine", folder=Path("results/clusters"))
-    assert (plan.concurrency.trials, plan.rungs, plan.epochs_at_most) == (2, (8, 16), 320)
-    assert 16 * 8 < plan.epochs_expected < 320
+    assert (plan.concurrency.trials, plan.fork, plan.rungs) == (2, 3, (8, 13))
+    assert plan.epochs_at_most == 320 - 15 * 3  # stage 1 once
+    assert 3 + 16 * 5 < plan.epochs_expected < plan.epochs_at_most
     assert plan.notes == ()
     text = render(plan)
     for part in (
         "clusters.multiplier      1.2 .. 3 ",
-        "epoch 8, 16 of 20",
+        "stage 1 (3 epochs) is trained once, not 16 times: saves 45 of 320 epochs (14 % of the CPU-hours) and 13 %",
+        "epoch 8, 13 of 20; about 1 in 2",
         "2 trials of 1 worker of 1 CPU (for this machine: 2 CPUs, 0 GPUs)",
-        "at most 320, expected about ",
+        "at most 275, expected about ",
         "results/clusters",
         "mnist5k",
         "acc_proto_ref (higher is better)",
+        f"budget     16 trials, after about {plan.epochs_expected:.0f} epochs",
     ):
         assert part in text
-    many = make_plan(space, [Node(64, 8)], cluster="8 GPUs assumed", folder=Path("r"))
-    assert many.concurrency.trials == 8
-    one = make_plan(
-        spaces.apply_overrides(space, ["search.max_concurrent=1", "search.startup=3"]),
-        [Node(64)],
-        cluster="x",
-        folder=Path("r"),
-    )
+    assert plan_of(space, Node(64, 8)).concurrency.trials == 8
+    one = plan_of(spaces.apply_overrides(space, ["search.max_concurrent=1", "search.startup=3"]), Node(64))
     assert (one.concurrency.trials, one.startup) == (1, 3)
-    free = make_plan(spaces.apply_overrides(space, ["search.grace=null"]), [Node(2)], cluster="x", folder=Path("r"))
-    assert (free.rungs, free.epochs_expected) == ((), 320)
+    free = plan_of(spaces.apply_overrides(space, ["search.grace=null"]))
+    assert (free.rungs, free.epochs_expected) == ((), free.epochs_at_most)
     assert "none: every trial trains all 20 epochs" in render(free)
+
+
+def test_the_rungs_in_the_space_files_are_those_of_the_plan() -> None:
+    for name, rungs in {
+        "clusters": (8, 13), "stages": (8, 16), "losses": (8, 16), "full": (8, 16), "smoke": (3, 5),
+    }.items():  # fmt: skip
+        assert plan_of(spaces.load(SPACES / f"{name}.yaml")).rungs == rungs
+        comment = (SPACES / f"{name}.yaml").read_text().partition("factor:")[2].partition("\n")[0]
+        assert all(str(rung) in comment for rung in rungs)
+
+
+def test_without_sharing_rungs_and_epochs_count_from_the_start() -> None:
+    space = spaces.load(SPACES / "clusters.yaml")
+    plan = plan_of(spaces.apply_overrides(space, ["search.share_prefix=false"]))
+    assert (plan.prefixes, plan.rungs, plan.epochs_at_most) == (None, (5, 10), 320)
+    assert plan.epochs_expected == pytest.approx(expected_work(16, 20, [5, 10], 2))
+    assert "nothing (search.share_prefix is false)" in render(plan)
+    assert "nothing: moco.temperature acts from stage 1 on" in render(plan_of(spaces.load(SPACES / "losses.yaml")))
+
+
+def test_gpu_hours_and_wall_time_are_told_apart() -> None:
+    space = spaces.apply_overrides(spaces.load(SPACES / "clusters.yaml"), ["search.grace=null"])
+    measured = Measured((10.0, 20.0, 20.0, 20.0, 20.0), "cuda")
+    plan = plan_of(space, Node(8, 4), measured=measured)
+    assert plan.seconds is not None
+    # 3 epochs of stage 1 once, then 17 in each of 16 trials; three of four GPUs wait 30 s for the prefix.
+    assert plan.seconds.work == pytest.approx(30 + 16 * 17 * 20)
+    assert plan.seconds.wall == pytest.approx(30 + 16 * 17 * 20 / 4)
+    assert plan.seconds.work_saved == pytest.approx(15 * 30)
+    assert plan.seconds.wall_saved == pytest.approx(16 * (30 + 17 * 20) / 4 - plan.seconds.wall)
+    text = render(plan)
+    assert "saves 45 of 320 epochs, 0.12 GPU-hours and 1 min 30 s of wall time" in text
+    assert "expected about 1.5 GPU-hours and 23 min 10 s of wall time: an epoch took 10 s in stage 1 and 20 s" in text
+    halves = plan_of(spaces.with_overrides(space, gpus_per_worker=0.5), Node(8, 4), measured=measured)
+    assert "0.062 GPU-hours" in render(halves)  # the same epochs on half a GPU each
+    assert "CPU-hours" in render(plan_of(space, Node(8), measured=measured))
+
+
+def test_trials_that_differ_in_length() -> None:
+    fields = "{stages.stage3.epochs: {int: [10, 90]}, stages.stage5.epochs: {choice: [20, 50]}}"
+    space = space_of("{preset: mini_imagenet}", fields, "{grace: 20}")
+    lengths = trial_lengths(space)
+    assert (lengths.least, lengths.typical, lengths.most) == (60, (20, 5, 50, 5, 35), 170)
+    plan = plan_of(space)
+    assert (plan.fork, plan.rungs) == (25, (45, 65, 105))  # growth thresholds run over all epochs: from stage 3 on
+    assert plan.epochs_at_most == 16 * 170 - 15 * 25
+    text = render(plan)
+    assert "60 to 170 epochs, on average 115; the base has 150 epochs" in text
+    assert "epoch 45, 65, 105 of 150 in the base's schedule" in text
+    free = plan_of(spaces.apply_overrides(space, ["search.grace=null"]))
+    assert free.epochs_expected == pytest.approx(25 + 16 * 90)
+    fixed = spaces.apply_overrides(space, ["stages.total=100"])
+    assert (trial_lengths(fixed).least, trial_lengths(fixed).most) == (100, 100)
+
+
+def test_the_budget_that_will_bind_is_named() -> None:
+    space = spaces.load(SPACES / "clusters.yaml")
+    short = spaces.apply_overrides(space, ["search.max_epochs=50", "search.max_hours=9"])
+    text = render(plan_of(short))
+    assert "budget     50 epochs, before the about" in text and "9 hours" in text
+    hours = spaces.apply_overrides(space, ["search.max_hours=0.01"])
+    measured = Measured((9.0, 9.0, 9.0, 9.0, 9.0), "cpu")
+    assert "budget     0.01 hours, after about 8 of" in render(plan_of(hours, measured=measured))
+    never = spaces.apply_overrides(space, ["search.max_gpu_hours=2"])
+    assert "never 2 GPU-hours: the trials use no GPU" in render(plan_of(never))
 
 
 def test_the_plan_says_what_a_reader_should_know() -> None:
     space = spaces.load(SPACES / "clusters.yaml")
-    early = spaces.apply_overrides(space, ["search.grace=2"])
-    notes = make_plan(early, [Node(2)], cluster="x", folder=Path("r")).notes
+    alone = spaces.apply_overrides(space, ["search.share_prefix=false", "search.grace=2"])
+    notes = plan_of(alone).notes
     assert len(notes) == 1
-    assert "lies in stage 1, where no searched field acts" in notes[0]
-    raw = spaces.apply_overrides(space, ["search.grace=2", "search.metric=acc_proto"])
-    assert "no value in stage 1" in make_plan(raw, [Node(2)], cluster="x", folder=Path("r")).notes[0]
+    assert "the rung at epoch 2 lies before stage 2, the first in which a searched field acts" in notes[0]
+    assert "above 3" in notes[0]
+    raw = spaces.apply_overrides(alone, ["search.metric=acc_proto"])
+    assert "acc_proto has no value in stage 1: no trial is stopped at the rung of epoch 2" in plan_of(raw).notes[0]
+    assert plan_of(spaces.apply_overrides(space, ["search.grace=1", "search.metric=acc_proto"])).notes == ()
     losses = spaces.load(SPACES / "losses.yaml")
-    moved = spaces.apply_overrides(losses, ["topk.max_clusters=64"])
-    assert make_plan(moved, [Node(2)], cluster="x", folder=Path("r")).notes == ()
-    conditional = render(make_plan(losses, [Node(2)], cluster="x", folder=Path("r")))
-    assert "int, if topk.mode is replace or add" in conditional
-    clipped = spaces.from_tree(spaces.Tree({"base": {"preset": "embedded"}, "space": {"topk.k": {"int": [4, 6]}}}))
-    text = render(make_plan(clipped, [Node(2)], cluster="x", folder=Path("r")))
+    assert plan_of(spaces.apply_overrides(losses, ["topk.max_clusters=64", "search.grace=2"])).notes == ()
+    assert "int, if topk.mode is replace or add" in render(plan_of(losses))
+    text = render(plan_of(space_of("{preset: embedded}", "{topk.k: {int: [4, 6]}}")))
     assert "topk.k is 3 in the base, which the space does not contain: trial 0 takes 4" in text
+    random = spaces.apply_overrides(space, ["search.sampler=random", "search.min_peers=3", "search.brackets=2"])
+    text = render(plan_of(random))
+    assert "trial 0 is the base, then random; seed 0" in text
+    assert "all while fewer than 3 others have come there; 2 brackets leave out 0 to 1 rungs" in text
+    goes_on = make_plan(space, [Node(2)], cluster="here", folder=Path("results/a"), resumes=True)
+    assert "results/a (the unfinished search there goes on)" in render(goes_on)
+
+
+def test_a_gpu_that_is_wanted_must_be_there() -> None:
+    space = space_of("{preset: embedded, runtime: {device: cuda}}", "{topk.k: {int: [1, 3]}}")
+    with pytest.raises(
+        ConfigError, match=r"s\.yaml:1:44: runtime\.device is cuda, but a worker gets no GPU \(resourc.*2 C"
+    ):
+        plan_of(space)
+    assert plan_of(space, Node(2, 1)).concurrency.gpus_per_worker == 1
+    with pytest.raises(ConfigError, match=r"gpus_per_worker is 0"):
+        plan_of(spaces.with_overrides(space, gpus_per_worker=0), Node(2, 1))
+    choice = space_of("{preset: embedded}", "{runtime.device: {choice: [cpu, cuda]}}")
+    with pytest.raises(ConfigError, match=r"s\.yaml:2:40: runtime\.device is cuda"):
+        plan_of(choice)
+
+
+def test_backbones_that_no_trial_could_build_are_named() -> None:
+    from torchvision import models
+
+    resnets = {name for name in models.list_models() if name.startswith(("resnet", "resnext", "wide_resnet"))}
+    assert set(BACKBONES) == {"convnet", *resnets}
+    fields = "{model.backbone: {choice: [convnet, resnet19]}}"
+    (problem,) = backbone_problems(space_of("{preset: embedded, model: {backbone: mine}}", fields))
+    assert problem.startswith("s.yaml:2:44: model.backbone is resnet19, but must be one of convnet, ")
+    assert problem.endswith("; did you mean resnet18?")
+    (problem,) = backbone_problems(space_of("{preset: embedded, model: {backbone: mine}}", "{topk.k: {int: [1, 3]}}"))
+    assert problem.startswith("s.yaml:1:44: model.backbone is mine")
+    assert backbone_problems(spaces.load(SPACES / "clusters.yaml")) == []
+
+
+def test_an_epoch_is_measured_by_training_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    import torch
+
+    from hpcl.search.measure import measure, two_epochs
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    space = spaces.from_tree(Tree({"base": TINY, "space": {"topk.k": {"int": [1, 3]}}, "search": {"grace": 2}}))
+    threads = torch.get_num_threads()
+    measured = measure(space)
+    assert measured.device == "cpu" and min(measured.seconds) > 0
+    assert measured.seconds[1:] == (measured.seconds[4],) * 4 != (measured.seconds[0],) * 4
+    assert torch.get_num_threads() == threads and not list(tmp_path.iterdir())
+    auto = space.base.with_values({"runtime.device": "auto", "stages.total": 40})
+    assert two_epochs(auto, gpus=0).runtime.device == "cpu" and two_epochs(auto, gpus=1).runtime.device == "auto"
+    assert two_epochs(auto, gpus=1).stages.total is None
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (75.2, 5, 7300)] == ["1 min 15 s", "5 s", "2 h 1 min"]
 
 
 def test_nodes_in_words() -> None:

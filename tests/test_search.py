@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import scripted
 from test_asha import decide_again
@@ -21,7 +19,7 @@ from hpcl import load_config
 from hpcl.errors import UserError
 from hpcl.results import epoch_schema, read_rows
 from hpcl.search.cluster import connected
-from hpcl.search.runner import Found
+from hpcl.search.found import Found, summary
 from hpcl.search.space import Space, apply_overrides, from_tree, load
 from hpcl.yamlio import read_tree
 
@@ -29,9 +27,9 @@ SPACE = """
 base: {preset: embedded, model: {dim: 16}, stages: {total: 12}}
 space:
   optimizer.weight_decay: {float: [1.0e-8, 1.0], log: true}
-  model.dim: {choice: [16, 17, 18, 19, 20, 21]}
+  model.dim: {choice: [16, 17, 18, 19, 20, 21, 22]}
   topk.k: {int: [1, 4], when: {model.dim: [16, 17]}}
-search: {trials: 16, grace: 2, factor: 2, startup: 16, max_concurrent: 2, seed: 3}
+search: {trials: 16, grace: 2, factor: 2, startup: 16, max_concurrent: 2, seed: 11}
 """
 """Random sampling; with this seed every kind of the script occurs."""
 
@@ -71,7 +69,8 @@ def test_every_trial_is_there_once_and_trial_zero_is_the_default(found: Found) -
     assert sorted(t["number"] for t in trials) == list(range(16))
     first = next(t for t in trials if t["number"] == 0)
     assert first["config.optimizer.weight_decay"] == 5e-4 and first["config.topk.k"] == 3
-    assert {scripted.KINDS[t["config.model.dim"]] for t in trials} == set(scripted.KINDS.values())
+    assert {scripted.KINDS[t["config.model.dim"]] for t in trials} == set(scripted.KINDS.values()) - {"same"}
+    assert [t["trial_id"] for t in trials] == [f"{n:04d}" for n in range(16)]
     assert all((found.folder / "trials" / t["trial_id"]).is_dir() for t in trials)
 
 
@@ -100,14 +99,21 @@ def test_states_and_reasons(found: Found) -> None:
         assert (trial["state"], trial["epochs"]) == ("failed", 2)
         assert trial["stop_reason"] == "ValueError: the script raises"
         error = (found.folder / "trials" / trial["trial_id"] / "error.txt").read_text()
-        assert "Traceback" in error and "at epoch 3" in error
+        assert "Traceback" in error and "at epoch 3" in error and error.splitlines()[1] == "after epoch 2"
+        assert trial["retries"] == 1  # the same error at the same epoch: not a third time
     for trial in of_kind(found, "mistake"):
         assert (trial["state"], trial["epochs"]) == ("failed", 0)
         assert trial["stop_reason"] == "the data do not fit; choose others"
         error = (found.folder / "trials" / trial["trial_id"] / "error.txt").read_text()
-        assert error == "the data do not fit; choose others\n"  # a mistake of the user: no traceback
+        assert error == "the data do not fit; choose others\nafter epoch 0\n"  # a mistake of the user: no traceback
     for trial in of_kind(found, "diverges"):
         assert (trial["state"], trial["stop_reason"]) == ("diverged", "epoch 4: the loss is not finite")
+    for trial in of_kind(found, "nan"):
+        if trial["epochs"] == 3:
+            assert (trial["state"], trial["stop_reason"]) == ("diverged", "epoch 3: acc_proto_ref is not finite (nan)")
+        else:
+            assert trial["state"] == "stopped"
+    assert any(trial["epochs"] == 3 for trial in of_kind(found, "nan"))
     for kind in ("plain", "late", "dies"):
         assert {trial["state"] for trial in of_kind(found, kind)} <= {"finished", "stopped"}
     assert {trial["state"] for trial in found.trials} == {"finished", "stopped", "failed", "diverged"}
@@ -123,13 +129,13 @@ def test_every_stop_follows_from_the_table(found: Found) -> None:
     rows = read_rows(found.folder / "epochs.parquet")
     rungs = json.loads((found.folder / "search.json").read_text())["rungs"]
     assert rungs == [2, 4, 8]
-    in_order = [(row["trial_id"], {**row, "m": row["acc_proto_ref"]}) for row in rows]
-    expected = decide_again(in_order, rungs, 2.0)
+    again = decide_again(rows, [rungs], 2, metric="acc_proto_ref")
     stopped = {t["trial_id"]: t for t in found.trials if t["state"] == "stopped"}
-    assert stopped.keys() == expected.keys() and len(stopped) >= 2
-    for trial_id, epoch in expected.items():
+    assert stopped.keys() == again.stops.keys() and len(stopped) >= 2
+    for trial_id, epoch in again.stops.items():
         assert stopped[trial_id]["epochs"] == epoch
         assert stopped[trial_id]["stop_reason"].startswith(f"epoch {epoch}: acc_proto_ref ")
+    assert all(row["clock"] == row["epoch"] for row in rows)  # no length is searched
 
 
 def test_best_is_the_best_of_the_finished(found: Found) -> None:
@@ -145,16 +151,17 @@ def test_best_is_the_best_of_the_finished(found: Found) -> None:
 
 
 def test_optuna_was_told_the_truth(found: Found) -> None:
-    import pickle
-
-    (state,) = (found.folder / "tune").glob("searcher-state-*.pkl")
-    study = pickle.loads(state.read_bytes())["_ot_study"]
-    told = [t.state.name for t in study.trials]
-    ours = sorted(found.trials, key=lambda t: t["number"])
-    assert told == ["FAIL" if t["state"] in ("failed", "diverged") else "COMPLETE" for t in ours]
-    for theirs, trial in zip(study.trials, ours, strict=True):
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(found.folder / "optuna.journal"))
+    )
+    study = optuna.load_study(study_name="all kinds", storage=storage)
+    names = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL", "diverged": "FAIL"}
+    told = {t.user_attrs["trial"]: t for t in study.trials}
+    assert {t["trial_id"]: names[t["state"]] for t in found.trials} == {n: t.state.name for n, t in told.items()}
+    for trial in found.trials:
         values = {row["epoch"]: row["acc_proto_ref"] for row in rows_of(found, trial)}
-        assert all(values[epoch] == value for epoch, value in theirs.intermediate_values.items())
+        theirs = told[trial["trial_id"]]
+        assert theirs.intermediate_values == {epoch: value for epoch, value in values.items() if value is not None}
         if theirs.state.name == "COMPLETE":
             assert theirs.value == trial["metric"] == values[trial["epochs"]]
 
@@ -163,10 +170,12 @@ def test_ray_tools_open_the_folder(found: Found) -> None:
     from ray import tune
 
     analysis = tune.ExperimentAnalysis(str(found.folder / "tune"))
-    epochs = {trial_id: len(frame) for trial_id, frame in analysis.trial_dataframes.items() if "epoch" in frame}
-    assert epochs.keys() >= {t["trial_id"] for t in found.trials if t["epochs"]}
+    frames = [frame for frame in analysis.trial_dataframes.values() if "epoch" in frame]
+    assert sorted(frame["config/trial"][0] for frame in frames) == sorted(
+        t["trial_id"] for t in found.trials if t["epochs"]
+    )
     config = analysis.get_best_config(metric="acc_proto_ref", mode="max")
-    assert set(config) >= {"optimizer.weight_decay", "model.dim"}
+    assert set(config["values"]) >= {"optimizer.weight_decay", "model.dim"}
 
 
 def test_space_and_record_say_what_ran(found: Found) -> None:
@@ -174,7 +183,7 @@ def test_space_and_record_say_what_ran(found: Found) -> None:
     assert again.params == make().params and again.base == make().base and again.search == make().search
     record = json.loads((found.folder / "search.json").read_text())
     assert record["state"] == "finished" and record["best"] == found.best_trial["trial_id"]
-    assert record["seed"] == {"sampler": 3, "trials": 0}
+    assert record["seed"] == {"sampler": 11, "trials": 0}
     assert {"hpcl", "python", "torch", "ray", "optuna", "numpy"} <= record["versions"].keys()
     assert {"cpu", "cpus", "ram_gb", "gpus"} <= record["hardware"].keys()
     assert sum(record["trials"].values()) == 16
@@ -196,9 +205,9 @@ def test_all_cpus_are_free_afterwards(found: Found) -> None:
     assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
 
 
-def test_a_name_is_used_once(found: Found) -> None:
+def test_a_finished_search_is_left_alone(found: Found) -> None:
     before = (found.folder / "trials.parquet").read_bytes()
-    with pytest.raises(UserError, match=r"results of this name already; give another with --name"):
+    with pytest.raises(UserError, match=r"all kinds.*finished"):
         hpcl.search.run(make(), name=found.folder.name, results=found.folder.parent, train=scripted.train)
     assert (found.folder / "trials.parquet").read_bytes() == before
 
@@ -209,52 +218,65 @@ def test_when_all_fail_there_is_no_best(ray: None, tmp_path: Path) -> None:
     found = hpcl.search.run(space, name="none", results=tmp_path, train=scripted.train, say=lambda line: None)
     assert found.best is None and not (found.folder / "best.yaml").exists()
     assert found.count("failed") == 1
-
-    from hpcl.search.cli import summary
-
     assert "the data do not fit; choose others" in summary(space, found)
 
 
-INTERRUPT = """
-import sys, time, functools
-sys.path[:0] = [{tests!r}]
-import scripted
-from hpcl.search import cli, runner
+def test_the_same_error_in_the_first_trials_ends_the_search(ray: None, tmp_path: Path) -> None:
+    text = SPACE.replace("[16, 17, 18, 19, 20, 21, 22]", "[23, 22]").replace("{dim: 16}", "{dim: 23}")
+    space = make(text.replace("{model.dim: [16, 17]}", "{model.dim: [22]}"), "search.max_concurrent=1")
+    space = replace(space, params={path: p for path, p in space.params.items() if path != "model.dim"})
+    lines: list[str] = []
+    found = hpcl.search.run(space, name="same", results=tmp_path, train=scripted.train, say=lines.append)
+    assert found.count("failed") == len(found.trials) == 3 and found.state == "failed"
+    assert found.reason == "the first 3 trials failed with the same error: ValueError: always the same mistake"
+    assert found.reason in summary(space, found) and "Traceback" in summary(space, found)
 
-def slow(config, folder, report, **options):
-    def wait(row):
-        report(row)
-        time.sleep(0.3)
-    scripted.train(config, folder, wait, **options)
 
-runner.run = functools.partial(runner.run, train=slow)
-raise SystemExit(cli.main(["--space", {space!r}, "--results", {results!r}, "--name", "cut"]))
+def test_budgets_end_a_search_at_the_next_epoch_and_more_lets_it_go_on(ray: None, tmp_path: Path) -> None:
+    text = SPACE.replace("[16, 17, 18, 19, 20, 21, 22]", "[16, 17]").replace("grace: 2", "grace: null")
+    few, more = (make(text, "search.trials=4", f"search.max_epochs={n}") for n in (15, 1000))
+    found = hpcl.search.run(few, name="budget", results=tmp_path, train=scripted.train, say=lambda line: None)
+    assert found.state == "finished" and found.reason.startswith("15 epochs are used up")
+    assert 15 <= found.epochs_trained <= 17  # what ran finished its epoch
+    assert found.count("running") >= 1 and len(found.trials) < 4
+    found = hpcl.search.run(more, name="budget", results=tmp_path, train=scripted.train, say=lambda line: None)
+    assert found.states == {"finished": 4, "stopped": 0, "failed": 0, "diverged": 0, "running": 0}
+    assert found.epochs_trained == 48 and len(found.epochs) == 48
+
+
+def knob(config: Any, folder: Path, report: Any, **options: Any) -> None:
+    """A curve that merely reports a searched field."""
+    for epoch in range(1, 13):
+        row = {"epoch": epoch, "stage": 1, "state": "finished" if epoch == 12 else "running", "seconds": 0.01}
+        report(row | {"acc_proto_ref": config.topk.k / 100 + epoch / 1000})
+
+
+def test_a_curve_that_merely_reports_a_field_is_named_once(ray: None, tmp_path: Path) -> None:
+    text = """
+base: {preset: embedded, stages: {total: 12}}
+space: {topk.k: {int: [1, 90]}, optimizer.weight_decay: {float: [1.0e-8, 1.0], log: true}}
+search: {trials: 9, grace: 2, factor: 2, startup: 9, max_concurrent: 2, sampler: random, share_prefix: false}
 """
+    lines: list[str] = []
+    space = from_tree(read_tree(text), name="knob")
+    found = hpcl.search.run(space, name="knob", results=tmp_path, train=knob, say=lines.append)
+    assert found.notes == ["at epoch 2 acc_proto_ref ranks trials by topk.k: 1.00, n = 8"]
+    assert lines.count(f"note: {found.notes[0]}") == 1
+    record = json.loads((found.folder / "search.json").read_text())
+    assert record["notes"] == found.notes and record["state"] == "finished"
 
 
-def test_ctrl_c_leaves_the_tables_and_exits_130(tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent)
-    space = tmp_path / "scripted.yaml"
-    space.write_text(SPACE.replace("[16, 17, 18, 19, 20, 21]", "[16, 17]").replace("grace: 2", "grace: null"))
-    code = INTERRUPT.format(tests=tests, space=str(space), results=str(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))},
+def test_a_search_learns_from_an_earlier_one(found: Found, ray: None, tmp_path: Path) -> None:
+    lines: list[str] = []
+    space = make(SPACE, "search.trials=1")
+    options: dict[str, Any] = {"train": scripted.train, "say": lines.append}
+    hpcl.search.run(space, name="warm", results=tmp_path, warm_from=[found.folder], **options)
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "warm" / "optuna.journal"))
     )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("["):  # the first trial has ended, others run
-            process.send_signal(signal.SIGINT)
-            break
-    rest, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, "".join(lines) + rest
-    assert "interrupted after" in rest and "best     trial" in rest and "Traceback" not in rest
-    trials = read_rows(tmp_path / "cut" / "trials.parquet")
-    assert {t["state"] for t in trials} == {"finished", "running"}
-    assert json.loads((tmp_path / "cut" / "search.json").read_text())["state"] == "interrupted"
-    assert load_config(tmp_path / "cut" / "best.yaml").model.dim in (16, 17)
+    study = optuna.load_study(study_name="warm", storage=storage)
+    earlier = [t for t in study.trials if "from" in t.user_attrs]
+    finished = [t for t in found.trials if t["state"] == "finished"]
+    assert sorted(t.value for t in earlier) == sorted(t["metric"] for t in finished) and earlier
+    assert f"warm start: {len(finished)} finished trials of earlier searches" in lines
+    assert any("skipped" in line and "stopped" in line for line in lines)

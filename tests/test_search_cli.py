@@ -103,7 +103,7 @@ def test_labels_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
 
     def look(metric: str, objective: str) -> str:
         tree = read_tree(text.replace("METRIC", metric).replace("OBJECTIVE", objective), "s.yaml")
-        line: str = runner.look_at_data(with_overrides(from_tree(tree), data=str(tmp_path)))
+        line, _ = runner.look_at_data(with_overrides(from_tree(tree), data=str(tmp_path)))
         return line
 
     assert "40 images 1x8x8, unlabelled" in look("nce_ref", "auto")
@@ -125,30 +125,78 @@ def test_images_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_next_command_can_be_pasted() -> None:
-    runner = pytest.importorskip("hpcl.search.runner")
+    found_in = pytest.importorskip("hpcl.search.found")
     space = load(SMOKE)
-    row = {"trial_id": "a", "number": 0, "state": "finished", "objective": 0.5}
-    folder = Path("results/two words").resolve()
-    found = runner.Found(folder, [row], [], row, space.base, "linear probe", 75.0, False)
-    text = cli.summary(space, found)
-    assert "best     trial a with linear probe 0.5" in text
-    assert shlex.split(text.splitlines()[-1])[-1].endswith("results/two words/best.yaml")
-    other = {"trial_id": "b", "number": 1, "state": "finished", "objective": 0.75}
-    better = cli.summary(space, dataclasses.replace(found, trials=[row, other], best_trial=other))
-    assert "base     trial a (number 0): linear probe 0.5" in better
+    costs = {"gpu_hours": 0.0, "cpu_hours": 0.25}
+    row = {"trial_id": "a", "number": 0, "state": "finished", "objective": 0.5, **costs}
+    found = found_in.Found(
+        folder=Path("results/two words").resolve(),
+        trials=[row],
+        epochs=[],
+        prefixes=[],
+        epochs_trained=8,
+        best_trial=row,
+        best=space.base,
+        chosen_by="linear probe",
+        seconds=75.0,
+        state="finished",
+        reason=found_in.ALL_ENDED,
+        notes=["look here"],
+        command="python run_search.py --name 'two words'",
+    )
+
+    def text(**changes: Any) -> str:
+        said: str = found_in.summary(space, dataclasses.replace(found, **changes))
+        return said
+
+    assert "best     trial a with linear probe 0.5" in text()
+    assert "8 epochs trained, 0.25 CPU-hours" in text() and "note     look here" in text()
+    assert shlex.split(text().splitlines()[-1])[-1].endswith("results/two words/best.yaml")
+    other = {"trial_id": "b", "number": 1, "state": "finished", "objective": 0.75, **costs, "gpu_hours": 2.0}
+    better = text(trials=[row, other], best_trial=other)
+    assert "base     trial a: linear probe 0.5" in better and "2 GPU-hours" in better
     stopped = {**row, "state": "stopped", "stop_reason": "epoch 8: too low", "objective": None}
-    better = cli.summary(space, dataclasses.replace(found, trials=[stopped, other], best_trial=other))
-    assert "base     trial a (number 0): stopped, epoch 8: too low" in better
-    none = cli.summary(space, dataclasses.replace(found, best_trial=None, best=None))
-    assert "no finished trial has a value of linear probe" in none
+    assert "base     trial a: stopped, epoch 8: too low" in text(trials=[stopped, other], best_trial=other)
+    cut = {**row, "state": "running", "stop_reason": None, "objective": 0.5}
+    early = text(trials=[cut, other], best_trial=other, state="interrupted", reason="interrupted")
+    assert "base     trial a: cut short" in early and early.splitlines()[1].startswith("interrupted after 1 min 15 s")
+    assert early.splitlines()[-1] == "resume   python run_search.py --name 'two words'"
+    assert "3 GPU-hours are used up" in text(reason="3 GPU-hours are used up")
+    assert "no finished trial has a value of linear probe" in text(best_trial=None, best=None)
 
 
-def test_sigterm_ends_a_search_as_ctrl_c_does() -> None:
-    runner = pytest.importorskip("hpcl.search.runner")
+def test_the_first_signal_asks_for_a_gentle_end_and_the_second_ends_at_once() -> None:
+    from hpcl.search.interrupt import Draining, ended_by_signals, interruptible
+
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), runner._ended_by_signals():
+    draining, said = Draining(), []
+    with pytest.raises(KeyboardInterrupt), ended_by_signals(draining, said.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert draining() and draining.interrupted and len(said) == 1
+        os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with pytest.raises(KeyboardInterrupt), interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_budget_that_is_used_up_leaves_ctrl_c_its_meaning() -> None:
+    from hpcl.search.interrupt import Draining, ended_by_signals
+
+    draining = Draining()
+    draining.ask("2 hours are used up")
+    with pytest.raises(KeyboardInterrupt), ended_by_signals(draining, lambda text: None):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert draining.reason == "2 hours are used up"
+
+
+def test_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpcl.search.record import _command, _resuming
+
+    monkeypatch.setattr("sys.argv", ["/x/run_search.py"])
+    given = ["--space", "a b.yaml", "--fresh", "--warm-from", "results/a", "results/b", "--set", "seed=1", "--name=x"]
+    wanted = "python run_search.py --space 'a b.yaml' --set seed=1 --name x-2"
+    assert _command(_resuming(given, "x-2")) == wanted
 
 
 def test_interrupt_before_the_first_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from hpcl.errors import ConfigError
 from hpcl.search import space as spaces
 from hpcl.search.check import space_problems
 from hpcl.search.params import CURVES, Choice, Float, Int, Resources, Search, better_end, same
+from hpcl.search.prefixes import plan_prefixes
 from hpcl.stages import stage_lengths
 from hpcl.yamlio import dump, read_tree, write
 
@@ -67,7 +68,9 @@ def test_shipped_spaces_are_valid_everywhere(file: Path) -> None:
     # Trial 0 is the base itself, and ASHA does not judge before the clusters act.
     assert space.default_notes() == []
     assert space.config_for(space.default_point()) == space.base
-    assert stage_lengths(space.base.stages)[0] < (space.search.grace or 0) < space.epochs
+    shared = plan_prefixes(space)
+    first_rung = (shared.fork_time if shared else 0) + (space.search.grace or 0)
+    assert stage_lengths(space.base.stages)[0] < first_rung < space.epochs
     again = spaces.from_tree(read_tree(dump(space.to_tree())))
     assert again == space
     assert list(again.params) == list(space.params)
@@ -288,7 +291,10 @@ def test_the_mode_follows_from_the_metric() -> None:
 def test_the_search_is_checked_against_the_base() -> None:
     fields = "topk.k: {int: [1, 3]}"
     assert "must be below the 20 epochs" in problems_of(fields, rest="search: {grace: 20}")[0]
-    assert read(fields, rest="search: {grace: null}").search.grace is None
+    assert read(fields, rest="search: {grace: null, brackets: 9}").search.grace is None
+    assert read(fields, rest="search: {grace: 4, brackets: 3}").search.brackets == 3  # rungs at 4, 8 and 16
+    (problem,) = problems_of(fields, rest="search: {grace: 4, brackets: 4}")
+    assert "4:30: search.brackets is 4, but must be at most 3, the number of rungs" in problem
     never = "{preset: embedded, meters: {knn_every: 0}}"
     assert "knn_every is 0" in problems_of(fields, base=never, rest="search: {metric: knn}")[0]
     assert "number of workers (3)" in problems_of(fields, rest="resources: {workers: 3}")[0]
@@ -296,6 +302,20 @@ def test_the_search_is_checked_against_the_base() -> None:
     assert "number of workers (128)" in " ".join(problems_of(batches, rest="resources: {workers: 128}"))
     for gpus in ("1.5", "0.001", "-1"):
         assert "resources.gpus_per_worker" in problems_of(fields, rest=f"resources: {{gpus_per_worker: {gpus}}}")[0]
+
+
+def test_the_fields_of_the_search() -> None:
+    search = Search()
+    assert (search.clock, search.sampler, search.told) == ("stage", "tpe", "pruned")
+    assert (search.share_prefix, search.min_peers, search.brackets) == (True, 1, 1)
+    assert (search.max_hours, search.max_gpu_hours, search.max_epochs) == (None, None, None)
+    assert Search(max_hours=0.5, max_epochs=3, retries=0, give_up_after=1).max_hours == 0.5
+    for field, value in (
+        ("clock", "time"), ("sampler", "grid"), ("told", "failed"), ("min_peers", 0), ("brackets", 0),
+        ("max_hours", 0), ("max_gpu_hours", -1), ("max_epochs", 0), ("retries", -1), ("give_up_after", 0),
+    ):  # fmt: skip
+        (problem,) = problems_of("topk.k: {int: [1, 3]}", rest=f"search: {{{field}: {value}}}")
+        assert problem.startswith(f"s.yaml:4:{12 + len(field)}: search.{field} is {value}, but must be ")
 
 
 def test_set_changes_config_search_and_resources() -> None:
@@ -344,9 +364,13 @@ def test_a_change_of_the_base_is_checked_with_the_searched_fields() -> None:
         spaces.apply_overrides(space, ["moco.queue=640"])
 
 
-def test_lengths_are_searched_under_a_fixed_total_only() -> None:
-    (problem,) = problems_of("stages.stage1.epochs: {int: [1, 2]}", base="{preset: mini_imagenet}")
-    assert "3:3: stages.stage1.epochs is searched, but stages.total is null" in problem
+def test_lengths_without_a_fixed_total_need_the_clock_of_stages() -> None:
+    fields, base = "stages.stage1.epochs: {int: [1, 2]}", "{preset: mini_imagenet}"
+    (problem,) = problems_of(fields, base, rest="search: {clock: epoch}")
+    assert "3:3: stages.stage1.epochs is searched, but stages.total is null and search.clock is epoch" in problem
+    assert "set stages.total in base, or search.clock to stage" in problem
+    assert sum(stage_lengths(read(fields, base).config_for({"stages.stage1.epochs": 2}).stages)) == 132
+    read(fields, "{preset: mini_imagenet, stages: {total: 100}}", rest="search: {clock: epoch}")
 
 
 def test_flags() -> None:
@@ -359,9 +383,9 @@ def test_flags() -> None:
     assert changed.base.data.source == "2024"
     assert (changed.search.trials, changed.search.seed, changed.base.seed) == (3, 9, 9)
     assert (changed.resources.workers, changed.resources.gpus_per_worker) == (2, 1)
-    assert (changed.epochs, changed.search.grace) == (40, 16)  # the first rung keeps its place in the schedule
+    assert (changed.epochs, changed.search.grace) == (40, 10)  # the first rung keeps its place in the schedule
     assert stage_lengths(changed.base.stages) == (6, 1, 13, 1, 19)
-    for epochs, grace in ((5, 2), (10, 4), (7, 3)):
+    for epochs, grace in ((5, 1), (10, 2), (7, 2)):
         assert spaces.with_overrides(space, epochs=epochs).search.grace == grace
     for flags, start in (
         ({"trials": 0}, "--trials 0: search.trials is 0, but must be >= 1"),
@@ -383,6 +407,9 @@ def test_params_know_their_values() -> None:
     assert Float(low=0.0, high=1.0, step=0.25).grid() == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert Float(low=0.0, high=1.0).grid() == [0.0, 1.0]
     assert Float(low=0.1, high=0.7, step=0.2).nearest(0.39) == pytest.approx(0.3)
+    for low, high, step in ((0.1, 0.7, 0.2), (0.1, 0.4, 0.1), (-0.3, 0.9, 0.1)):
+        steps = Float(low=low, high=high, step=step)
+        assert [steps.nearest(value * (1 + 1e-12)) for value in steps.grid()] == steps.grid()
     assert Int(low=2, high=8, step=3).nearest(6.4) == 5
     for a, b in itertools.combinations([True, 1, 0, False, None, "1", (1,), (True,)], 2):
         assert not same(a, b)

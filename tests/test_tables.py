@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hpcl.results import read_rows
+from hpcl.search.journal import Journal, read_events
 from hpcl.search.space import from_tree
 from hpcl.search.tables import Tables
 from hpcl.yamlio import read_tree
@@ -25,9 +26,11 @@ search: {metric: METRIC, objective: OBJECTIVE}
 """
 
 
-def tables(folder: Path, objective: str = "auto", metric: str = "acc_proto_ref") -> Tables:
+def tables(
+    folder: Path, objective: str = "auto", metric: str = "acc_proto_ref", journal: Journal | None = None
+) -> Tables:
     text = SPACE.replace("OBJECTIVE", objective).replace("METRIC", metric)
-    return Tables(folder, from_tree(read_tree(text)))
+    return Tables(folder, from_tree(read_tree(text)), journal)
 
 
 def finish(made: Tables, trial_id: str, number: int, **row: Any) -> None:
@@ -93,27 +96,69 @@ def test_best_is_the_smallest_where_smaller_is_better(tmp_path: Path, objective:
 def test_only_finished_trials_have_an_objective(tmp_path: Path) -> None:
     made = tables(tmp_path)
     finish(made, "a", 0, objective=0.5)
-    finish(made, "b", 1, objective=0.9)
-    made.end("b", "stopped", "epoch 1: why")
+    made.begin("b", 1, {})
+    made.add("b", {"epoch": 1, "state": "finished", "objective": 0.9})
+    made.end("b", "failed", "the process was lost before it could end")
     assert made.best() == made.trials["a"] and made.trials["b"]["objective"] is None
 
 
-def test_the_time_left_follows_the_epochs(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    from hpcl.search.plan import Node, make_plan
-    from hpcl.search.progress import Follow
-
+def test_an_end_is_final(tmp_path: Path) -> None:
     made = tables(tmp_path)
-    space = from_tree(read_tree(SPACE.replace("METRIC", "nce_ref").replace("OBJECTIVE", "auto")))  # 16 trials of 20
-    plan = make_plan(space, [Node(2)], cluster="x", folder=tmp_path)
-    follow = Follow(made, plan, {}, {}, say=lambda line: None)
-    assert follow.epochs_left() == pytest.approx(plan.epochs_expected)
-    made.begin("a", 0, {})
-    made.add("a", {"epoch": 8})
-    made.end("a", "stopped", "why")
-    mean = (plan.epochs_expected / 16 + 8) / 2
-    assert follow.epochs_left() == pytest.approx(15 * mean)
-    made.begin("b", 1, {})
-    made.add("b", {"epoch": 18})
-    assert follow.epochs_left() == pytest.approx(14 * mean + 1)  # beyond the mean: half of what it may still train
-    assert " left" in follow.overview() and "1 running, 1 of 16 ended" in follow.overview()
+    finish(made, "a", 0, objective=0.5)
+    assert made.end("a", "failed", "afterwards")["state"] == "finished"
+    assert made.trials["a"]["stop_reason"] == "finished its 1 epochs"
+
+
+def test_a_shared_prefix_gives_its_rows_and_is_counted_once(tmp_path: Path) -> None:
+    made = tables(tmp_path)
+    made.session(gpus=2.0, cpus=1.0)
+    made.begin("prefix-k", 0, {})
+    for epoch in (1, 2):
+        made.add("prefix-k", {"epoch": epoch, "seconds": 1800.0, "acc_proto_ref": epoch / 10})
+    made.end("prefix-k", "finished", "trained through stage 1")
+    for number in (0, 1):
+        made.begin(f"000{number}", number, {})
+        made.fork(f"000{number}", "prefix-k")
+        made.add(f"000{number}", {"epoch": 2, "seconds": 1800.0})  # the trial repeats the last row
+        made.add(f"000{number}", {"epoch": 3, "seconds": 3600.0, "acc_proto_ref": 0.5})
+    rows = [(row["trial_id"], row["epoch"], row["shared"], row["arrival"]) for row in made.epochs]
+    assert rows == [
+        ("0000", 1, True, 0), ("0000", 2, True, 1), ("0000", 3, False, 2),
+        ("0001", 1, True, 3), ("0001", 2, True, 4), ("0001", 3, False, 5),
+    ]  # fmt: skip
+    assert made.epochs_trained() == 4 and made.total("gpu_hours") == pytest.approx((1 + 1 + 1) * 2)
+    assert [made.trials[t]["gpu_hours"] for t in ("0000", "0001")] == [2.0, 2.0]
+    assert [made.trials[t]["epochs"] for t in ("0000", "0001")] == [3, 3]
+    assert set(made.trials) == {"0000", "0001"} and set(made.prefixes) == {"prefix-k"}
+    made.fork("0000", "prefix-k")  # it has its rows
+    assert len(made.epochs) == 6
+
+
+def test_replay_gives_the_same_tables(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    made = tables(tmp_path / "one", journal=journal)
+    made.session(gpus=0.0, cpus=2.0)
+    made.begin("prefix-k", 0, {})
+    made.add("prefix-k", {"epoch": 1, "seconds": 1.0})
+    values = {"topk.mode": "add", "topk.k": 2, "growth.stages": (5,), "clusters.size_tolerance": None}
+    made.begin("0000", 0, values, optuna=3)
+    made.fork("0000", "prefix-k")
+    made.add("0000", {"epoch": 2, "seconds": 2.0, "acc_proto_ref": 0.25, "clusters": 4, "clock": 2.0})
+    made.rung("0000", 0, 2.0, 0.25)
+    made.end("0000", "stopped", "epoch 2: why")
+    made.begin("0001", 1, {})
+    made.retry("0001", "lost")
+    made.note("look here")
+    journal.close()
+    again = tables(tmp_path / "two")
+    again.replay(read_events(tmp_path / "journal.jsonl"))
+    assert again.trials == made.trials and again.epochs == made.epochs and again.prefixes == made.prefixes
+    assert again.rungs == made.rungs == [("0000", 0, 2.0, 0.25)] and again.notes == ["look here"]
+    assert again.unfinished() == ["0001"] and again.optuna == {"0000": 3}
+    assert again.rung_rows(2.0) == made.rung_rows(2.0)
+    assert (again.rung_rows(2.0)[0]["value"], again.rung_rows(2.0)[0]["clusters"]) == (0.25, 4)
+    for t in (made, again):
+        (t._folder).mkdir()
+        t.write()
+    one, two = (read_rows(tmp_path / name / "trials.parquet") for name in ("one", "two"))
+    assert one == two and one[0]["config.growth.stages"] == "[5]" and one[1]["retries"] == 1

@@ -5,6 +5,19 @@
     found.best          # the best configuration, also in found.folder / "best.yaml"
 
 Ray and Optuna are imported with :func:`run`, not before.
+
+Where to look:
+
+    the space file          space, params, check
+    before anything runs    plan, plan_text, expected, measure, budget, machine, folder, prefixes
+    a search                runner (from space to results), session (one process's part of it)
+    which trial is next     queue, sampler (Optuna), warm (earlier searches), store (shared prefixes)
+    which trial is stopped  asha, clock, monitor (is the curve a curve?)
+    a trial                 trial (what runs inside Tune), lean (worker groups), failures, cluster (Ray itself)
+    what is known           journal (every event), tables (made of it), record (search.json), found (the end)
+    what is seen            progress, live (the table in a terminal), forecast, status, interrupt (Ctrl-C)
+    afterwards              retrain, retrained (what it says), listed, evidence
+    without Ray             simulator, synthetic (curves)
 """
 
 from __future__ import annotations
@@ -13,14 +26,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpcl.search.runner import Found as Found
+    from hpcl.search.found import Found as Found
     from hpcl.search.runner import run as run
     from hpcl.search.space import Space as Space
     from hpcl.search.space import load as load
 
 __all__ = ["Found", "Space", "load", "run"]
 
-_HOMES = {"Found": "runner", "run": "runner", "Space": "space", "load": "space"}
+_HOMES = {"Found": "found", "run": "runner", "Space": "space", "load": "space"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from hpcl.config import Config
 from hpcl.data_rules import data_problems
+from hpcl.search.clock import rung_times
 from hpcl.search.params import Choice, Float, Param, same
 from hpcl.stages import stage_lengths
 from hpcl.validation import TreePath, field_paths, show, validation_problems
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 _ENDLESS = 10**12
 """Number of training images that no rule of `data_problems` finds too small, for before the data are read."""
 
+BACKBONES = (
+    "convnet", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50", "resnext101_32x8d", "resnext101_64x4d",
+    "resnext50_32x4d", "wide_resnet101_2", "wide_resnet50_2",
+)  # fmt: skip
+"""What `model.backbone` can name: the convnet and torchvision's ResNets."""
+
 Wrong = list[tuple[tuple[TreePath, ...], str]]
 Check = Callable[[dict[str, Any]], Wrong]
 
@@ -29,7 +36,7 @@ _NOT_SEARCHED = {
     "seed": "all trials use the same seed, so that they differ in nothing but the searched fields",
     "data": "trials on different images have curves that do not compare",
     "meters": "the meters must be the same function for every trial, or the curves do not compare",
-    "stages.total": "all trials must have the same number of epochs, or ASHA's rungs do not compare",
+    "stages.total": "it would only make some trials longer than others; search stages.stageK.epochs, or leave it",
 }
 
 
@@ -63,6 +70,44 @@ def space_problems(space: Space, *, rules: bool, images: int = _ENDLESS) -> list
         problems = _pair_problems(space, wrong) or _corner_problems(space, wrong)
         problems += _search_problems(space)
     return list(dict.fromkeys(problems))
+
+
+def backbone_problems(space: Space) -> list[str]:
+    """Names of `model.backbone`, in the base or among its choices, that no trial could build."""
+    return [
+        f"{where}: model.backbone is {name}, but must be one of {', '.join(BACKBONES)}{did_you_mean(name, BACKBONES)}"
+        for name, where in _values_of(space, "model.backbone")
+        if name not in BACKBONES
+    ]
+
+
+def device_problems(space: Space, gpus: float, cluster: str) -> list[str]:
+    """Where the space wants `runtime.device: cuda`, but a trial gets no GPU.
+
+    Args:
+        space: the space.
+        gpus: GPUs of a worker.
+        cluster: what there is, in words.
+    """
+    return [
+        f"{where}: runtime.device is cuda, but a worker gets no GPU (resources.gpus_per_worker is "
+        f"{show(space.resources.gpus_per_worker)}; {cluster}); set it to auto or cpu"
+        for value, where in _values_of(space, "runtime.device")
+        if value == "cuda" and not gpus
+    ]
+
+
+def _values_of(space: Space, path: str) -> list[tuple[Any, str]]:
+    """The values that a field can take, each with its place in the file."""
+    param, where = space.params.get(path), space.tree.where
+    values = []
+    if isinstance(param, Choice):
+        values = [
+            (value, where(("space", path, param.kind, i), ("space", path))) for i, value in enumerate(param.choices)
+        ]
+    if param is None or param.when:
+        values.append((space.base.at(path), where(("base", *path.split(".")), ("base",))))
+    return values
 
 
 def with_parents(space: Space, values: dict[str, Any]) -> dict[str, Any] | None:
@@ -214,16 +259,24 @@ def _search_problems(space: Space) -> list[str]:
     problems = []
     search, base, where = space.search, space.base, space.tree.where
     searched_lengths = [path for path in space.params if path.startswith("stages.") and path.endswith(".epochs")]
-    if searched_lengths and base.stages.total is None:
+    if searched_lengths and base.stages.total is None and search.clock == "epoch":
         problems.append(
             f"{where(('space', searched_lengths[0]), key=True)}: {searched_lengths[0]} is searched, but stages.total "
-            "is null: trials would differ in their number of epochs; set stages.total in base"
+            "is null and search.clock is epoch: trials would differ in their number of epochs and rungs would not "
+            "compare; set stages.total in base, or search.clock to stage"
         )
     if search.grace is not None and search.grace >= space.epochs:
         problems.append(
             f"{where(('search', 'grace'), ('search',))}: search.grace is {search.grace}, but must be below the "
             f"{space.epochs} epochs of a trial (null: no trial is stopped early)"
         )
+    elif search.grace is not None:
+        rungs = len(rung_times(search.grace, search.factor, space.epochs))
+        if search.brackets > rungs:
+            problems.append(
+                f"{where(('search', 'brackets'), ('search',))}: search.brackets is {search.brackets}, but must be at "
+                f"most {rungs}, the number of rungs: trials of a bracket without rungs are never stopped"
+            )
     for name, curve in (("metric", search.metric), ("objective", search.objective)):
         if curve == "knn" and base.meters.knn_every == 0:
             problems.append(f"{where(('search', name))}: search.{name} is knn, but meters.knn_every is 0 (never)")

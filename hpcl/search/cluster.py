@@ -23,6 +23,8 @@ _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Tune's tables and status lines; ours take their place.
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Ctrl-C is ours: running epochs are finished before the search ends.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Only the loggers we pass: TensorBoard events are written by the trainer itself.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A row leaves out a curve that has no value yet.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from hpcl.config import Count, Section
+from hpcl.config import Count, Positive, Section
 from hpcl.results import EPOCH_COLUMNS, LOWER_IS_BETTER
 from hpcl.yamlio import did_you_mean
 
@@ -72,7 +72,8 @@ class Float(_Searched):
             return self.high
         near = min(max(float(value), self.low), self.high)
         if self.step and near not in (self.low, self.high):
-            near = min(self.low + round((near - self.low) / self.step) * self.step, self.high)
+            steps = round((near - self.low) / self.step)
+            near = self.low + steps * self.step if steps < round((self.high - self.low) / self.step) else self.high
         return near
 
 
@@ -187,17 +188,42 @@ class Search(Section):
     objective: str = "auto"
     """What chooses among finished trials: `linear` (linear probe on a validation split), a
     curve at its last epoch, or `auto` (linear where labels exist, else the metric)."""
+    clock: Literal["stage", "epoch"] = "stage"
+    """What the rungs count: `stage`, the place in the base's schedule, so that a rung means the
+    same place in trials whose stages differ in length; or `epoch`, the trial's own epochs."""
     grace: Count | None = 8
-    """Epoch of ASHA's first rung; null: no trial is stopped early."""
+    """Way from the fork (the end of the shared stages, else the start) to ASHA's first rung, in
+    epochs of the base's schedule; null: no trial is stopped early."""
     factor: Annotated[int, Field(ge=2)] = 2
     """ASHA's reduction factor: at a rung about 1 in `factor` trials goes on, and the next rung
-    stands at `factor` times the epoch."""
+    stands `factor` times as far from the fork."""
+    min_peers: Count = 1
+    """Other trials that must have come to a rung before one is stopped there; 1 as Ray has it."""
+    brackets: Count = 1
+    """ASHA's brackets: trials are dealt to them, and bracket b leaves out the first b rungs."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """What draws the trials: Optuna's TPE, or every trial by chance."""
+    told: Literal["pruned", "complete"] = "pruned"
+    """As what the sampler hears of stopped trials: `pruned` with their values by epoch, or
+    `complete` with the last one."""
+    share_prefix: bool = True
+    """Train the stages that trials have in common once, and let the trials begin after them."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the sampler; the trials' own seed is `seed` of the configuration."""
+    """Seed of the sampler and of ASHA's brackets; the trials' own seed is `seed` of the configuration."""
     startup: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Finished trials before TPE replaces random sampling; `auto` follows the trials at a time."""
     max_concurrent: Count | Literal["auto"] = "auto"
     """Most trials at a time; `auto`: as many as the resources allow."""
+    max_hours: Positive | None = None
+    """Hours after which no trial begins or goes on; running epochs are finished. null: no limit."""
+    max_gpu_hours: Positive | None = None
+    """The same for the sum of the trials' hours, each times its GPUs; null: no limit."""
+    max_epochs: Count | None = None
+    """The same for the epochs of all trials together, shared ones counted once; null: no limit."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Times that a trial whose process was lost, or that raised an error, goes on from its checkpoint."""
+    give_up_after: Count = 3
+    """The search ends where so many trials, the first ones, all end with the same error."""
 
     @model_validator(mode="before")
     @classmethod

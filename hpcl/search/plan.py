@@ -1,4 +1,4 @@
-"""What a search will do, before it does it: trials at a time, rungs, epochs. Numbers in, numbers and text out.
+"""What a search will do, before it does it: trials at a time, rungs, epochs, hours. Numbers in, numbers out.
 
 The trials at a time are computed from the cluster's resources so that no combination
 can deadlock: two trials of several workers that each hold a part of what the other
@@ -9,15 +9,19 @@ and so does this file, so that 0.1 fits ten times into 1.
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcl.errors import ConfigError, UserError
-from hpcl.search.params import PROTOTYPE_CURVES, Choice, Param, Resources
-from hpcl.search.space import Space, with_overrides
+from hpcl.errors import ConfigError
+from hpcl.search.budget import Budget
+from hpcl.search.check import device_problems
+from hpcl.search.clock import rung_times
+from hpcl.search.expected import Expected, Lengths, Measured, expect, trial_lengths
+from hpcl.search.params import PROTOTYPE_CURVES, Resources
+from hpcl.search.prefixes import PrefixPlan, acting_stages, plan_prefixes
+from hpcl.search.space import Space
 from hpcl.stages import stage_lengths
 from hpcl.validation import show
 
@@ -26,8 +30,6 @@ DRIVER_CPUS = 0.001
 
 MOST_CPUS_PER_WORKER = 8.0
 """CPUs that `auto` gives to a worker with a GPU at most."""
-
-_FROM_STAGE_2 = ("clusters.", "growth.", "prototypes.", "topk.")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Concurrency:
     slots: int
     """Workers for which the cluster has room."""
 
+    def each(self, workers: int) -> str:
+        """What a trial of so many workers gets, such as "1 x 2 CPUs + 1 GPUs"."""
+        gpus = f" + {self.gpus_per_worker:g} GPUs" if self.gpus_per_worker else ""
+        return f"{workers} x {self.cpus_per_worker:g} CPUs{gpus}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,18 +65,60 @@ class Plan:
     concurrency: Concurrency
     cluster: str
     """The machines the concurrency was computed for, in words."""
-    rungs: tuple[int, ...]
-    """Epochs at which ASHA decides."""
+    acting: dict[str, int]
+    """The first stage in which each searched field acts."""
+    prefixes: PrefixPlan | None
+    """What trials have in common and is trained once; None: nothing."""
+    rungs: tuple[float, ...]
+    """Times on the clock (:mod:`hpcl.search.clock`) at which ASHA decides."""
     startup: int
     """Finished trials before TPE replaces random sampling."""
+    lengths: Lengths
     epochs_at_most: int
-    """Epochs if no trial is stopped early."""
-    epochs_expected: float
-    """Epochs to expect with ASHA; see `expected_epochs`."""
+    """Epochs trained if no trial is stopped early, those of a prefix counted once."""
+    epochs: Expected
+    """Epochs trained to expect."""
+    measured: Measured | None
+    """What an epoch takes, where that was measured."""
+    seconds: Expected | None
+    """Seconds to expect, where an epoch was measured."""
     notes: tuple[str, ...]
     """What a reader should know before starting."""
     folder: Path
     """Where the results go."""
+    resumes: bool
+    """Whether an unfinished search there goes on."""
+
+    @property
+    def fork(self) -> float:
+        """Time on the clock up to which trials share their prefixes."""
+        return self.prefixes.fork_time if self.prefixes else 0.0
+
+    @property
+    def epochs_expected(self) -> float:
+        """Epochs trained to expect with ASHA, those of a prefix counted once."""
+        return self.epochs.work
+
+    @property
+    def gpus_per_trial(self) -> float:
+        """GPUs that a trial holds; 0 where it uses none."""
+        return self.space.resources.workers * self.concurrency.gpus_per_worker
+
+    @property
+    def budget(self) -> Budget:
+        """What ends the search."""
+        search = self.space.search
+        return Budget(search.trials, search.max_hours, search.max_gpu_hours, search.max_epochs)
+
+    @property
+    def ends(self) -> str:
+        """Which of the limits is expected to end the search, in words."""
+        return self.budget.binding(
+            expected_epochs=self.epochs.work,
+            seconds_per_epoch=self.seconds.work / self.epochs.work if self.seconds else None,
+            trials_at_a_time=self.concurrency.trials,
+            gpus_per_trial=self.gpus_per_trial,
+        )
 
 
 def concurrency(resources: Resources, nodes: Sequence[Node], *, limit: int | None = None) -> Concurrency:
@@ -111,54 +160,6 @@ def concurrency(resources: Resources, nodes: Sequence[Node], *, limit: int | Non
     return Concurrency(min(trials, limit or trials), cpus, gpus, slots)
 
 
-def rungs(grace: int | None, factor: int, epochs: int) -> tuple[int, ...]:
-    """Epochs at which ASHA decides: grace · factor^i below the total; none where grace is null.
-
-    Example:
-        >>> rungs(8, 2, 20)
-        (8, 16)
-    """
-    found = []
-    rung = grace
-    while rung is not None and rung < epochs:
-        found.append(rung)
-        rung *= factor
-    return tuple(found)
-
-
-def survivors(arrivals: float, factor: int) -> float:
-    """Trials that go on from a rung to which `arrivals` trials come one after another.
-
-    ASHA lets the first go on; the j-th goes on if it reaches the (1 - 1/factor) quantile
-    of the j - 1 before it. If every order of the trials is equally likely, that has the
-    probability (j - 2 + factor) / (factor · j), exactly so for values drawn uniformly. The
-    sum over j is a little more than arrivals / factor: the price of not waiting. Fractional
-    arrivals are interpolated.
-    """
-    whole = int(arrivals)
-    total = sum(1.0 if j == 1 else (j - 2 + factor) / (factor * j) for j in range(1, whole + 1))
-    following = 1.0 if whole == 0 else (whole - 1 + factor) / (factor * (whole + 1))
-    return total + (arrivals - whole) * following
-
-
-def expected_epochs(trials: int, epochs: int, rung_epochs: Sequence[int], factor: int) -> float:
-    """Epochs that ASHA is expected to let `trials` trials train.
-
-    ``n_0 r_0 + n_1 (r_1 - r_0) + ... + n_s (E - r_(s-1))`` with rungs r, n_0 the trials and
-    n_(i+1) = `survivors(n_i)`. Trials that improve during the search, as TPE's should,
-    make it somewhat more.
-
-    Example:
-        >>> expected_epochs(16, 20, [], 2)
-        320.0
-    """
-    total, running, before = 0.0, float(trials), 0
-    for rung in (*rung_epochs, epochs):
-        total += running * (rung - before)
-        running, before = survivors(running, factor), rung
-    return total
-
-
 def startup_trials(trials: int, at_a_time: int) -> int:
     """Finished trials before TPE replaces random sampling, for `startup: auto`.
 
@@ -168,7 +169,15 @@ def startup_trials(trials: int, at_a_time: int) -> int:
     return max(at_a_time, min(10, -(-trials // 3)))
 
 
-def make_plan(space: Space, nodes: Sequence[Node], *, cluster: str, folder: Path) -> Plan:
+def make_plan(
+    space: Space,
+    nodes: Sequence[Node],
+    *,
+    cluster: str,
+    folder: Path,
+    resumes: bool = False,
+    measured: Measured | None = None,
+) -> Plan:
     """The plan of a search on these machines.
 
     Args:
@@ -176,85 +185,40 @@ def make_plan(space: Space, nodes: Sequence[Node], *, cluster: str, folder: Path
         nodes: the cluster.
         cluster: where `nodes` comes from, for example "this machine".
         folder: where the results go.
+        resumes: an unfinished search lies there and goes on.
+        measured: what an epoch takes.
 
     Raises:
-        ConfigError: the cluster has no room for one trial.
+        ConfigError: the cluster has no room for one trial, or no GPU for a space that wants one.
     """
-    search, epochs = space.search, space.epochs
+    search = space.search
     most = search.trials if search.max_concurrent == "auto" else min(search.trials, search.max_concurrent)
     room = concurrency(space.resources, nodes, limit=most)
-    decided = rungs(search.grace, search.factor, epochs)
+    if problems := device_problems(space, room.gpus_per_worker, f"{cluster} has {describe_nodes(nodes)}"):
+        raise ConfigError(*problems)
+    shared = plan_prefixes(space)
+    fork = shared.fork_time if shared else 0.0
+    lengths, acting = trial_lengths(space), acting_stages(space)
+    decided = rung_times(search.grace, search.factor, space.epochs, fork=fork)
+
+    epochs = expect(space, shared, decided, room.trials)
     return Plan(
         space=space,
         concurrency=room,
         cluster=f"{cluster}: {describe_nodes(nodes)}",
+        acting=acting,
+        prefixes=shared,
         rungs=decided,
         startup=startup_trials(search.trials, room.trials) if search.startup == "auto" else search.startup,
-        epochs_at_most=search.trials * epochs,
-        epochs_expected=expected_epochs(search.trials, epochs, decided, search.factor),
-        notes=_notes(space, decided),
+        lengths=lengths,
+        epochs_at_most=search.trials * lengths.most - (round(shared.saved(search.trials)) if shared else 0),
+        epochs=epochs,
+        measured=measured,
+        seconds=expect(space, shared, decided, room.trials, measured.seconds) if measured else None,
+        notes=_notes(space, decided, min(acting.values())),
         folder=folder,
+        resumes=resumes,
     )
-
-
-def results_folder(space: Space, name: str | None, results: str | Path) -> Path:
-    """The results folder of a search to be, ``<results>/<name>``; without a name the space's and the time.
-
-    Raises:
-        UserError: there is such a folder, or there can be none.
-    """
-    if name is not None:
-        with_overrides(space, name=name)
-    folder = Path(results).expanduser().resolve() / (name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        taken = folder.exists()
-    except OSError as error:  # a name of 300 letters
-        raise UserError(
-            f"{folder}: cannot be made ({error.strerror}); choose another with --results or --name"
-        ) from None
-    if taken:
-        raise UserError(
-            f"{folder}: there are results of this name already; give another with --name, or remove the folder"
-        )
-    return folder
-
-
-def render(plan: Plan) -> str:
-    """The plan as text, as `--dry-run` prints it."""
-    space, search, room = plan.space, plan.space.search, plan.concurrency
-    end = "higher" if search.mode == "max" else "lower"
-    each = _count(space.resources.workers, "worker") + f" of {_count(room.cpus_per_worker, 'CPU')}"
-    each += f" and {_count(room.gpus_per_worker, 'GPU')}" if room.gpus_per_worker else ""
-    if plan.rungs:
-        where = ", ".join(str(rung) for rung in plan.rungs)
-        stops = f"epoch {where} of {space.epochs}; about 1 in {search.factor} trials goes on from each"
-    else:
-        stops = f"none: every trial trains all {space.epochs} epochs"
-    winner = {
-        "linear": "linear probe on the validation split",
-        "auto": f"linear probe on the validation split where labels exist, else {search.metric}",
-    }.get(search.objective, f"{search.objective} at the last epoch")
-    lengths = "/".join(str(n) for n in stage_lengths(space.base.stages))
-    searched = any(path.startswith("stages.") and path.endswith(".epochs") for path in space.params)
-    rows = [
-        ("images", f"{space.base.data.source}" + _subset(space)),
-        ("trials", f"{search.trials} of {space.epochs} epochs (stages {lengths}{', searched' if searched else ''})"),
-        ("at a time", f"{_count(room.trials, 'trial')} of {each} (for {plan.cluster})"),
-        ("stopped by", f"ASHA on {search.metric} ({end} is better)" if plan.rungs else "nothing"),
-        ("rungs", stops),
-        (
-            "sampler",
-            f"trial 0 is the base, then random, TPE after {_count(plan.startup, 'finished trial')}; seed {search.seed}",
-        ),
-        ("winner", f"among finished trials: {winner}"),
-        ("epochs", f"at most {plan.epochs_at_most}, expected about {round(plan.epochs_expected)}"),
-        ("results", f"{shown(plan.folder)}"),
-    ]
-    lines = [f"search {space.name}: {_count(len(space.params), 'field')} searched", ""]
-    lines += _table([("field", "values", "scale", "trial 0"), *_param_rows(space)])
-    lines += ["", *(f"{name:<11}{text}" for name, text in rows)]
-    lines += [f"note       {note}" for note in plan.notes]
-    return "\n".join(lines)
 
 
 def shown(path: Path) -> Path:
@@ -266,8 +230,32 @@ def shown(path: Path) -> Path:
 def describe_nodes(nodes: Sequence[Node]) -> str:
     """Machines in words, such as "2 x (8 CPUs, 1 GPU)"."""
     kinds = Counter(nodes)
-    texts = [(n, f"{_count(node.cpus, 'CPU')}, {_count(node.gpus, 'GPU')}") for node, n in kinds.items()]
+    texts = [(n, f"{counted(node.cpus, 'CPU')}, {counted(node.gpus, 'GPU')}") for node, n in kinds.items()]
     return " + ".join(text if n == 1 else f"{n} x ({text})" for n, text in texts)
+
+
+def number(value: float) -> str:
+    """A number with at most 6 digits: 20, 0.5."""
+    return f"{value:.6g}"
+
+
+def counted(amount: float, noun: str) -> str:
+    """An amount of something, such as "1 trial" or "2 trials"."""
+    return f"{number(amount)} {noun}{'' if amount == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, two units at most.
+
+    >>> duration(75.2), duration(5), duration(7300)
+    ('1 min 15 s', '5 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _units(amount: float) -> int:
@@ -298,19 +286,20 @@ def _share_of_cpus(workers: int, gpus: float, nodes: Sequence[Node]) -> float:
 
 def _refusal(resources: Resources, cpus: float, gpus: float, nodes: Sequence[Node], reserve: float, slots: int) -> str:
     workers = resources.workers
-    sums = [f"{workers} x {_number(cpus)}{f' + {_number(reserve)} (driver)' if reserve else ''} CPUs"]
-    sums[0] += f" = {_number(workers * cpus + reserve)}"
+    sums = [f"{workers} x {number(cpus)}{f' + {number(reserve)} (driver)' if reserve else ''} CPUs"]
+    sums[0] += f" = {number(workers * cpus + reserve)}"
     if gpus:
-        sums.append(f"{workers} x {_number(gpus)} GPUs = {_number(workers * gpus)}")
+        sums.append(f"{workers} x {number(gpus)} GPUs = {number(workers * gpus)}")
     has = describe_nodes(nodes) or "no machine"
     advice = ["resources.workers", "resources.cpus_per_worker", *(["resources.gpus_per_worker"] if gpus else [])]
     return (
         f"resources: a trial needs {' and '.join(sums)}, but the cluster has {has}, which has room for "
-        f"{_count(slots, 'such worker')} (a worker lies on one machine); lower {' or '.join(advice)}, or use auto"
+        f"{counted(slots, 'such worker')} (a worker lies on one machine); lower {' or '.join(advice)}, or use auto"
     )
 
 
-def _notes(space: Space, decided: Sequence[int]) -> tuple[str, ...]:
+def _notes(space: Space, decided: Sequence[float], first: int) -> tuple[str, ...]:
+    search = space.search
     notes = [
         f"{path} is {show(base)} in the base, which the space does not contain: trial 0 takes {show(value)}"
         for path, base, value in space.default_notes()
@@ -318,58 +307,14 @@ def _notes(space: Space, decided: Sequence[int]) -> tuple[str, ...]:
     source = space.base.data.source
     if source != "mnist5k" and not Path(source).expanduser().exists():
         notes.append(f"there are no images at {source} here; --data says where yours are")
-    first = stage_lengths(space.base.stages)[0]
-    early = [rung for rung in decided if rung <= first]
-    if early and space.search.metric in PROTOTYPE_CURVES:
+    lengths = stage_lengths(space.base.stages)
+    blind = [rung for rung in decided if rung <= lengths[0]]
+    equal = [rung for rung in decided if rung <= sum(lengths[: first - 1])]
+    if blind and search.metric in PROTOTYPE_CURVES:
+        notes.append(f"{search.metric} has no value in stage 1: no trial is stopped at the rung of epoch {blind[-1]:g}")
+    elif equal:
         notes.append(
-            f"{space.search.metric} has no value in stage 1: no trial is stopped at the rung of epoch {early[-1]}"
-        )
-    elif early and all(path.startswith(_FROM_STAGE_2) for path in space.params):
-        notes.append(
-            f"the rung at epoch {early[-1]} lies in stage 1, where no searched field acts: it would stop trials by "
-            f"chance; raise search.grace above {first}"
+            f"the rung at epoch {equal[-1]:g} lies before stage {first}, the first in which a searched field acts: it "
+            f"would stop trials by chance; raise search.grace above {sum(lengths[: first - 1])}"
         )
     return tuple(notes)
-
-
-def _param_rows(space: Space) -> list[tuple[str, str, str, str]]:
-    point = space.default_point()
-    rows = []
-    for path, param in space.params.items():
-        default = show(point[path]) if path in point else "-"
-        rows.append((path, _values(param), _scale(param), default))
-    return rows
-
-
-def _values(param: Param) -> str:
-    if isinstance(param, Choice):
-        return " | ".join(show(value) for value in param.choices)
-    return f"{_number(param.low)} .. {_number(param.high)}"
-
-
-def _scale(param: Param) -> str:
-    parts: list[str] = [param.kind]
-    if not isinstance(param, Choice):
-        parts += ["log"] if param.log else []
-        parts += [f"step {_number(param.step)}"] if param.step not in (None, 1) else []
-    for parent, allowed in param.when.items():
-        parts.append(f"if {parent} is {' or '.join(show(value) for value in allowed)}")
-    return ", ".join(parts)
-
-
-def _subset(space: Space) -> str:
-    return "" if space.base.data.subset == 1 else f" ({space.base.data.subset:.4g} of its training images)"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return [f"  {'  '.join(row)}".rstrip() for row in cells]
-
-
-def _number(value: float | None) -> str:
-    return f"{value:.6g}"
-
-
-def _count(amount: float, noun: str) -> str:
-    return f"{_number(amount)} {noun}{'' if amount == 1 else 's'}"

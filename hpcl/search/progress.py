@@ -1,21 +1,28 @@
-"""What a search says while it runs, and the Tune callback that keeps its tables.
+"""What a search says while it runs, and the Tune callback that follows it.
 
-One line per ended trial, and now and then one on the whole search. Rows reach this
-callback right after the scheduler decided on them, in the same order.
+One line per ended trial, and now and then one on the whole search; in a terminal a live
+table besides. Rows are in the tables before this callback runs: the scheduler puts them
+there before it decides.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from hpcl.results import write_text
-from hpcl.search.plan import Plan
-from hpcl.search.tables import Row, Tables
+from hpcl.search.budget import Budget
+from hpcl.search.failures import same_error
+from hpcl.search.forecast import elapsed, seconds_left
+from hpcl.search.interrupt import Draining
+from hpcl.search.live import Course, Live, view
+from hpcl.search.monitor import Monitor
+from hpcl.search.plan import Plan, duration
+from hpcl.search.tables import PREFIX, Row, Tables
 from hpcl.search.trial import ERROR_FILE
 
 if TYPE_CHECKING:
@@ -31,113 +38,160 @@ def say(text: str) -> None:
 
 
 class Follow(tune.Callback):
-    """Fills the tables, tells how each trial ended, and prints the progress.
+    """Tells how each trial ended, prints the progress, and ends a search that has used up its budget.
 
     Args:
-        tables: where rows go.
+        tables: what is known.
         plan: the search.
-        reasons: trial id -> why ASHA stopped it; the scheduler fills it.
-        numbers: trial id -> its place in the order of drawing; the sampler fills it.
+        budget: what it may use.
+        monitor: looks whether the curve merely reports a searched field.
+        draining: asked to end the search here.
         say: prints one line.
+        course: the order of ends, in an earlier process too.
+        live: the table in a terminal; None: a line now and then instead.
     """
 
     def __init__(
         self,
         tables: Tables,
         plan: Plan,
-        reasons: Mapping[str, str],
-        numbers: Mapping[str, int],
+        budget: Budget,
+        monitor: Monitor,
+        draining: Draining,
         *,
         say: Callable[[str], None] = say,
+        course: Course | None = None,
+        live: Live | None = None,
     ) -> None:
         self._tables, self._plan, self._say = tables, plan, say
-        self._reasons, self._numbers = reasons, numbers
+        self._course, self._live = course or Course(), live
+        self._budget, self._monitor, self._draining = budget, monitor, draining
         self._asked = plan.space.search.trials
-        self._started = self._said = time.monotonic()
+        monitor.restore(tables.notes)
+        self._looked = 0
+        self._running: set[str] = set()
+        """Tune's ids of the trials that have a process."""
+        self._errors: list[str | None] = []
+        """Of the trials that ended, in order: the error's first line, or None."""
+        self._said = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps a copy of its callbacks, which nobody reads back: a terminal cannot be in it."""
+        return {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether no trial has a process."""
+        return not self._running
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._begin(trial)
+        self._running.add(trial.trial_id)
+        self._course.began(trial.config["trial"], time.time())
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        if self._tables.add(trial.trial_id, result):
-            self._tables.write_if_due()
+        self._look()
+        self._tables.write_if_due()
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._say(f"trial {trial.trial_id} broke off and is tried again: {self._error(trial)}")
+        self._running.discard(trial.trial_id)
+        ours, error = trial.config["trial"], self._error(trial)
+        self._course.left(ours)
+        self._tables.retry(ours, error)
+        self._say(f"{_called(ours)} broke off and is tried again: {error}")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        trial_id = trial.trial_id
-        row = self._tables.trials[trial_id]
-        state = self._tables.newest_state(trial_id)
-        if trial_id in self._reasons:
-            self._ended(self._tables.end(trial_id, "stopped", self._reasons[trial_id]))
-        elif (trial.last_result or {}).get("state") == "failed":
-            self._ended(self._tables.end(trial_id, "failed", self._error(trial)))
-        elif state == "finished":
-            self._ended(self._tables.end(trial_id, "finished", f"all {row['epochs']} epochs trained"))
-        elif state == "diverged":
-            self._ended(self._tables.end(trial_id, "diverged", f"epoch {row['epochs']}: the loss is not finite"))
-        else:
-            reason = f"ended after epoch {row['epochs']} without finishing its schedule"
-            self._ended(self._tables.end(trial_id, "failed", reason))
+        self._running.discard(trial.trial_id)
+        ours = trial.config["trial"]
+        self._course.left(ours)
+        state = self._tables.state_of(ours)
+        if state == "running" and (trial.last_result or {}).get("state") == "failed":
+            self._tables.end(ours, "failed", self._error(trial))
+        elif state == "running" and not self._draining():
+            epochs = self._tables.newest(ours).get("epoch", 0)
+            self._tables.end(ours, "failed", f"ended after epoch {epochs} without finishing its schedule")
+        if self._tables.state_of(ours) != "running":
+            self._ended(ours)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._begin(trial)
-        self._ended(self._tables.end(trial.trial_id, "failed", self._error(trial)))
+        self._running.discard(trial.trial_id)
+        ours = trial.config["trial"]
+        self._tables.end(ours, "failed", self._error(trial))
+        self._ended(ours)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        if time.monotonic() - self._said > SAY_EVERY:
+        if not self._draining():
+            used = self._budget.exhausted(
+                trials_begun=len(self._tables.trials),
+                seconds=elapsed(self._tables, time.time()),
+                gpu_seconds=self._tables.total("gpu_hours") * 3600,
+                epochs=self._tables.epochs_trained(),
+            )
+            if used:
+                self._draining.ask(used)
+                self._say(f"{used}: the running epochs are finished, nothing new starts")
+        if self._live:
+            self._live.update_if_due(lambda: view(self._tables, self._plan, self._course))
+        elif time.monotonic() - self._said > SAY_EVERY:
             self._said = time.monotonic()
             self._say(self.overview())
 
+    def _look(self) -> None:
+        """Ask the monitor about rungs that have new records."""
+        new = self._tables.rungs[self._looked :]
+        self._looked = len(self._tables.rungs)
+        for rung in dict.fromkeys(rung for _, _, rung, _ in new):
+            for text in self._monitor.look(rung, self._tables.metric, self._tables.rung_rows(rung)):
+                self._tables.note(text)
+                self._say(f"note: {text}")
+
     def overview(self) -> str:
         """One line on the whole search: running, ended, best so far, elapsed, time left."""
-        tables, elapsed = self._tables, time.monotonic() - self._started
-        running = tables.count("running")
-        ended = len(tables.trials) - running
+        tables = self._tables
+        ended = len(tables.trials) - tables.count("running")
         best = tables.best()
-        parts = [f"{running} running", f"{ended} of {self._asked} ended"]
+        parts = [f"{len(self._running)} running", f"{ended} of {self._asked} ended"]
         if best:
             parts.append(f"best so far {best['objective']:.4g} ({best['trial_id']})")
-        parts.append(f"{duration(elapsed)} elapsed")
-        if tables.epochs:
-            parts.append(f"about {duration(elapsed / len(tables.epochs) * self.epochs_left())} left")
+        now = time.time()
+        parts.append(f"{duration(elapsed(tables, now))} elapsed")
+        if left := seconds_left(tables, self._plan, now):
+            parts.append(f"about {duration(left[0])} left")
         return "... " + ", ".join(parts)
 
-    def epochs_left(self) -> float:
-        """Epochs that trials to come and running trials are expected to train."""
-        trials = self._tables.trials.values()
-        ended = [trial["epochs"] for trial in trials if trial["state"] != "running"]
-        # Short trials end first: the plan's mean keeps the first of them from speaking for all.
-        expected = self._plan.epochs_expected / self._asked
-        mean = (expected + sum(ended)) / (1 + len(ended))
-        running = [trial["epochs"] for trial in trials if trial["state"] == "running"]
-        total = self._plan.space.epochs
-        rest = sum(max(mean - epochs, (total - epochs) / 2) for epochs in running)
-        return float(rest + mean * (self._asked - len(trials)))
-
-    def _begin(self, trial: Trial) -> None:
-        self._tables.begin(trial.trial_id, self._numbers[trial.trial_id], trial.config)
-
-    def _ended(self, trial: Row) -> None:
-        best = self._tables.best()
-        ended = len(self._tables.trials) - self._tables.count("running")
+    def _ended(self, ours: str) -> None:
+        self._course.ended(ours)
+        if ours.startswith(PREFIX):
+            row = self._tables.prefixes[ours]
+            self._say(f"{_called(ours)} {row['stop_reason']}  ({duration(row['seconds'])})")
+            return
+        tables, trial = self._tables, self._tables.trials[ours]
+        best = tables.best()
+        ended = len(tables.trials) - tables.count("running")
         width = len(str(self._asked))
         parts = [trial["stop_reason"]]
         if trial["state"] == "finished":
-            values = {self._tables.metric: trial.get("metric"), self._tables.chosen_by(): trial.get("objective")}
+            values = {tables.metric: trial["metric"], tables.chosen_by(): trial["objective"]}
             parts += [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
             if best is trial:
                 parts.append("the best so far")
-        line = f"[{ended:>{width}}/{self._asked}] trial {trial['trial_id']} {trial['state']:<8} "
+        if trial["state"] == "failed":
+            parts.append(f"see trials/{ours}/{ERROR_FILE}")
+        line = f"[{ended:>{width}}/{self._asked}] trial {ours} {trial['state']:<8} "
         self._say(f"{line} {', '.join(parts)}  ({duration(trial['seconds'])})")
-        self._tables.write_if_due()
+        self._give_up_if_all_fail(trial)
+        tables.write_if_due()
+
+    def _give_up_if_all_fail(self, trial: Row) -> None:
+        self._errors.append(trial["stop_reason"] if trial["state"] == "failed" else None)
+        number = min(self._plan.space.search.give_up_after, self._asked)
+        if error := same_error(self._errors, number):
+            self._draining.ask(f"the first {number} trials failed with the same error: {error}", at_once=True)
 
     def _error(self, trial: Trial) -> str:
         """First line of the trial's error; Ray's own words where the process died without any."""
-        path = self._plan.folder / "trials" / trial.trial_id / ERROR_FILE
+        path = Path(trial.config["folder"]) / ERROR_FILE
         if not path.is_file():
             source = Path(trial.error_file) if trial.error_file else None
             text = source.read_text(errors="replace") if source and source.is_file() else ""
@@ -150,15 +204,5 @@ class Follow(tune.Callback):
             return file.readline().strip()
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words, two units at most.
-
-    >>> duration(75.2), duration(5), duration(7300)
-    ('1 min 15 s', '5 s', '2 h 1 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+def _called(ours: str) -> str:
+    return ours.replace("-", " ", 1) if ours.startswith(PREFIX) else f"trial {ours}"

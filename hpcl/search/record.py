@@ -18,7 +18,7 @@ from hpcl.results import write_text
 from hpcl.search.plan import Plan
 
 if TYPE_CHECKING:
-    from hpcl.search.runner import Found
+    from hpcl.search.found import Found
 
 _PACKAGES = ("torch", "ray", "optuna", "numpy", "faiss-gpu", "faiss-cpu", "pyarrow", "scikit-learn", "mlxtend")
 
@@ -30,14 +30,26 @@ class Record:
         plan: the search.
         nodes: the cluster's machines (``ray.nodes()``).
         backbone: name of the user's own backbone.
+        data_hash: of the images, where they are ours to read.
+        given: its runs were given, so that the same command goes on with them.
     """
 
-    def __init__(self, plan: Plan, nodes: list[dict[str, Any]], backbone: str | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        nodes: list[dict[str, Any]],
+        backbone: str | None = None,
+        data_hash: str | None = None,
+        *,
+        given: bool = False,
+    ) -> None:
         space = plan.space
+        self.command = _command(sys.argv[1:])
+        self.resume_command = self.command if given else _command(_resuming(sys.argv[1:], plan.folder.name))
         self._path, self._start = plan.folder / "search.json", time.monotonic()
         self._facts: dict[str, Any] = {
             "name": plan.folder.name,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": self.command,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seed": {"sampler": space.search.seed, "trials": space.base.seed},
             "trials_asked": space.search.trials,
@@ -51,6 +63,7 @@ class Record:
             "rungs": list(plan.rungs),
             "factor": space.search.factor,
             "data": space.base.data.source,
+            "data_hash": data_hash,
             "backbone": backbone or space.base.model.backbone,
             "versions": versions(),
             "commit": commit(),
@@ -70,10 +83,42 @@ class Record:
                 "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "seconds": round(self.seconds, 1),
                 "trials": found.states,
-                "epochs": len(found.epochs),
+                "epochs": found.epochs_trained,
+                "gpu_hours": found.total("gpu_hours"),
+                "cpu_hours": found.total("cpu_hours"),
+                "prefixes": [
+                    {name: row[name] for name in ("trial_id", "state", "epochs", "seconds", "gpu_hours", "cpu_hours")}
+                    for row in found.prefixes
+                ],
+                "reason": found.reason,
+                "notes": found.notes,
                 "best": found.best_trial and found.best_trial["trial_id"],
             }
         write_text(self._path, json.dumps(self._facts, indent=2) + "\n")
+
+
+def _command(arguments: list[str]) -> str:
+    name = Path(sys.argv[0]).name
+    return shlex.join([*(["python", name] if name.endswith(".py") else [name]), *arguments])
+
+
+def _resuming(arguments: list[str], name: str) -> list[str]:
+    """The arguments that go on with a search, from those that began it: its name in place of `--fresh`."""
+    kept = _without(_without(arguments, "--warm-from"), "--fresh")  # the study has the earlier trials already
+    return [*_without(kept, "--name"), "--name", name]
+
+
+def _without(arguments: list[str], flag: str) -> list[str]:
+    """The arguments without a flag and its values."""
+    kept: list[str] = []
+    inside = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            inside = argument.partition("=")[0] == flag
+        if not inside:
+            kept.append(argument)
+        inside = inside and "=" not in argument
+    return kept
 
 
 def versions() -> dict[str, str]:

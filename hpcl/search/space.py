@@ -8,7 +8,7 @@
       clusters.levels: {int: [1, 4]}
       topk.mode: {choice: [replace, add, none]}
       topk.k: {int: [1, 5], when: {topk.mode: [replace, add]}}
-    search: {trials: 16, metric: acc_proto_ref, grace: 8, factor: 2}
+    search: {trials: 16, metric: acc_proto_ref, grace: 5, factor: 2}
     resources: {workers: 1}
 
 Before anything starts, every value that a field can take is put into the base and
@@ -62,7 +62,7 @@ class Space:
 
     @property
     def epochs(self) -> int:
-        """Epochs of a trial that is not stopped."""
+        """Epochs of the base, and of every trial where `stages.total` is set."""
         return sum(stage_lengths(self.base.stages))
 
     def is_active(self, path: str, values: Mapping[str, Any]) -> bool:

@@ -3,25 +3,23 @@
 One worker: Ray Train's in-process mode (``num_workers=0``). Tune reuses the process,
 so the next trial starts in well under a second.
 
-Several workers: a ``TorchTrainer`` with a worker group. Every epoch rank 0 hands its
-row to the trial and waits for Tune's answer at the :class:`Gate`, so a stopped trial
-trains no epoch beyond the one it was stopped at.
+Several workers: a worker group (:mod:`hpcl.search.lean`). Every epoch rank 0 hands its
+row to the trial and all ranks wait for Tune's answer, so a stopped trial trains no epoch
+beyond the one it was stopped at.
 
 A trial's folder is ``trials/<trial id>/`` whatever process runs it: a retry of the
-same trial finds the checkpoint there and goes on.
+same trial finds the checkpoint there and goes on. A prefix that trials share is trained
+in the same way, up to the end of its last stage.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import ValidationError
 from ray import train as ray_train
 from ray import tune
@@ -29,16 +27,19 @@ from ray.train.torch import TorchTrainer
 
 from hpcl.config import Config
 from hpcl.errors import UserError
-from hpcl.results import clean, write_text
+from hpcl.results import write_text
+from hpcl.search.failures import out_of_memory_advice, repeated
+from hpcl.search.lean import run_group
 from hpcl.search.space import Space
 from hpcl.validation import validation_problems
 
 Row = dict[str, Any]
 TrainFunction = Callable[..., Any]
-"""``train(config, folder, *, report, objective, backbone)``, as :func:`hpcl.trainer.fit`; its result is not used."""
+"""``train(config, folder, *, report, objective, backbone, fork, until_stage)``, as :func:`hpcl.trainer.fit`; its
+result is not used."""
 
 ERROR_FILE = "error.txt"
-"""In a failed trial's folder: the error's first line, then the traceback of a bug."""
+"""In a failed trial's folder: the error's first line, the epoch it came after, then the traceback of a bug."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,6 @@ class Job:
     """What all trials of a search share."""
 
     space: Space
-    folder: str
-    """``results/<name>``, seen by all nodes."""
     train: TrainFunction
     backbone: Callable[[], Any] | None
     workers: int
@@ -57,27 +56,49 @@ class Job:
     """GPUs of one worker."""
 
 
-def run_trial(values: dict[str, Any], job: Job) -> None:
-    """Train one sampled configuration; the function Tune calls.
+def run_trial(given: dict[str, Any], job: Job) -> None:
+    """Train one sampled configuration, or a prefix; the function Tune calls.
 
-    A user's mistake (data that do not fit the configuration) ends the trial as failed
-    at once: a retry would meet it again. Any other exception is raised, so that Tune
-    tries the trial once more in a fresh process.
+    A user's mistake (data that do not fit the configuration), memory that does not suffice and an
+    error that came back at the same epoch end the trial as failed at once: another try would
+    meet it again. Any other exception is raised, so that Tune tries again in a fresh process.
+
+    Args:
+        given: see :class:`hpcl.search.queue.WorkQueue`: `trial`, `values`, `folder`, `fork`, `until`.
+        job: what all trials share.
     """
-    folder = Path(job.folder) / "trials" / tune.get_context().get_trial_id()
+    folder = Path(given["folder"])
     folder.mkdir(parents=True, exist_ok=True)
+    before = read_error(folder)
+    (folder / ERROR_FILE).unlink(missing_ok=True)
+    newest = 0
+
+    def report(row: Row) -> None:
+        nonlocal newest
+        newest = row["epoch"]
+        report_to_tune(row)
+
     try:
-        config = make_config(values, job)
+        config = make_config(given["values"], job)
+        options = {
+            "objective": job.space.search.objective if given["until"] is None else None,
+            "backbone": job.backbone,
+            "fork": given["fork"] and Path(given["fork"]),
+            "until_stage": given["until"],
+        }
         if job.workers == 1:
-            _train_here(config, folder, job)
+            _train_here(config, folder, job, report, options)
         else:
-            _train_in_group(config, folder, job)
+            _train_in_group(config, folder, job, report, options)
     except UserError as error:
-        write_error(folder, error)
+        write_error(folder, error, newest)
         tune.report({"state": "failed"})
     except Exception as error:
-        write_error(folder, error)
-        raise
+        advice = out_of_memory_advice(error, config, job.gpus)
+        write_error(folder, UserError(advice) if advice else error, newest)
+        if advice is None and not (before and repeated(first_line(error), before[0], newest, before[1])):
+            raise
+        tune.report({"state": "failed"})
 
 
 def make_config(values: dict[str, Any], job: Job) -> Config:
@@ -96,16 +117,27 @@ def make_config(values: dict[str, Any], job: Job) -> Config:
 
 
 def report_to_tune(row: Row) -> None:
-    """Hand a row to Tune, which may stop the trial here; what was not measured is left out."""
-    cleaned = {name: clean(value) for name, value in row.items()}
-    tune.report({name: value for name, value in cleaned.items() if value is not None})
+    """Hand a row to Tune, which may stop the trial here; what was not measured is left out, a NaN is not."""
+    tune.report({name: value for name, value in row.items() if value is not None})
 
 
-def write_error(folder: Path, error: BaseException) -> None:
-    """Write ``error.txt``: what the error is, and for a bug where it came from."""
+def write_error(folder: Path, error: BaseException, epoch: int) -> None:
+    """Write ``error.txt``: what the error is, after which epoch, and for a bug where it came from."""
     trace = "".join(traceback.format_exception(error))
-    text = str(error) if isinstance(error, UserError) else f"{first_line(error)}\n\n{trace}"
-    write_text(folder / ERROR_FILE, f"{text.rstrip()}\n")
+    mistake = isinstance(error, UserError)
+    first, *more = str(error).splitlines() if mistake else [first_line(error)]
+    lines = [first, f"after epoch {epoch}", *more, *([] if mistake else ["", trace.rstrip()])]
+    write_text(folder / ERROR_FILE, "\n".join(lines) + "\n")
+
+
+def read_error(folder: Path) -> tuple[str, int] | None:
+    """First line and epoch of the error in a trial's folder; None where there is none."""
+    try:
+        lines = (folder / ERROR_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    epoch = lines[1].removeprefix("after epoch ") if len(lines) > 1 else ""
+    return lines[0], int(epoch) if epoch.isdecimal() else -1
 
 
 def first_line(error: BaseException) -> str:
@@ -128,10 +160,10 @@ def use_threads(cpus: float) -> None:
     torch.set_num_threads(max(1, int(cpus + 0.1)))
 
 
-def _train_here(config: Config, folder: Path, job: Job) -> None:
+def _train_here(config: Config, folder: Path, job: Job, report: Callable[[Row], None], options: dict[str, Any]) -> None:
     def loop() -> None:
         use_threads(job.cpus)
-        job.train(config, folder, report=report_to_tune, objective=job.space.search.objective, backbone=job.backbone)
+        job.train(config, folder, report=report, **options)
 
     TorchTrainer(
         loop,
@@ -140,81 +172,23 @@ def _train_here(config: Config, folder: Path, job: Job) -> None:
     ).fit()
 
 
-class Gate:
-    """An actor between rank 0 and the trial: a row goes one way, then the word to go on the other."""
-
-    def __init__(self) -> None:
-        self._rows: asyncio.Queue[Row | None] = asyncio.Queue()
-        self._answers: asyncio.Queue[None] = asyncio.Queue()
-
-    async def submit(self, row: Row) -> None:
-        """Rank 0: hand in a row; returns when the trial may go on."""
-        await self._rows.put(row)
-        await self._answers.get()
-
-    async def next_row(self) -> Row | None:
-        """The trial: the next row, or None when the workers have ended."""
-        return await self._rows.get()
-
-    async def go_on(self) -> None:
-        """The trial: Tune did not stop it."""
-        await self._answers.put(None)
-
-    async def end(self) -> None:
-        """No more rows will come."""
-        await self._rows.put(None)
-
-
-def _train_in_group(config: Config, folder: Path, job: Job) -> None:
-    # Owned by this process: when Tune ends the trial, the gate and Train's controller die with it.
-    gate: Any = ray.remote(num_cpus=0)(Gate).remote()
-    resources = {"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})}
-    trainer = TorchTrainer(
+def _train_in_group(
+    config: Config, folder: Path, job: Job, report: Callable[[Row], None], options: dict[str, Any]
+) -> None:
+    run_group(
         _worker,
-        train_loop_config={"config": config, "folder": folder, "job": job, "gate": gate},
-        scaling_config=ray_train.ScalingConfig(
-            num_workers=job.workers, use_gpu=job.gpus > 0, resources_per_worker=resources
-        ),
-        run_config=ray_train.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
-            # Retries are Tune's: they start from the same checkpoint, in a fresh worker group.
-            failure_config=ray_train.FailureConfig(max_failures=0, controller_failure_limit=3),  # type: ignore[call-arg]
-        ),
+        {"config": config, "folder": folder, "job": job, "options": options},
+        workers=job.workers,
+        cpus=job.cpus,
+        gpus=job.gpus,
+        name=folder.name,
+        storage_path=str(folder.parent),
+        on_row=report,
     )
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # handed to the trial's own thread below
-            failure.append(error)
-        finally:
-            gate.end.remote()
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    while (row := ray.get(gate.next_row.remote())) is not None:
-        report_to_tune(row)
-        gate.go_on.remote()
-    thread.join()
-    if failure:
-        causes = list(getattr(failure[0], "worker_failures", {}).values())
-        mistakes = [cause for cause in causes if isinstance(cause, UserError)]
-        raise mistakes[0] if mistakes else failure[0]
 
 
-def _worker(payload: dict[str, Any]) -> None:
+def _worker(payload: dict[str, Any], report: Callable[[Row], None]) -> None:
     """One rank of a worker group."""
     job: Job = payload["job"]
-    leads = ray_train.get_context().get_world_rank() == 0
-
-    def report(row: Row) -> None:
-        if leads:
-            ray.get(payload["gate"].submit.remote(row))
-        ray_train.report({"epoch": row["epoch"]})
-
     use_threads(job.cpus)
-    job.train(
-        payload["config"], payload["folder"], report=report, objective=job.space.search.objective, backbone=job.backbone
-    )
+    job.train(payload["config"], payload["folder"], report=report, **payload["options"])

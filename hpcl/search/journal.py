@@ -1,0 +1,129 @@
+"""The log of a search: every event appended, nothing ever changed.
+
+``results/<name>/journal.jsonl`` holds one JSON object a line, its kind under ``event`` and
+the seconds since 1970 under ``time``:
+
+    session  command, gpus, cpus       a process began to run the search; what a trial of it holds
+    trial    trial, number, values, optuna              a trial was drawn
+    fork     trial, prefix             it goes on from a prefix, whose rows become its first rows
+    row      trial, row                an epoch was reported
+    rung     trial, bracket, rung, value                ASHA compared the trial there
+    end      trial, state, reason      a trial ended; synced to disk before anything acts on it
+    retry    trial, reason             its process broke off and it is tried again
+    note     text                      something the reader of the results should know
+    state    state, reason             the search finished, or was interrupted
+
+All tables are made of it, and a search that was killed goes on from it: whatever Tune's
+own snapshot says, which is up to ten seconds old, is not asked.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hpcl.errors import UserError
+from hpcl.results import clean, writing
+
+JOURNAL_NAME = "journal.jsonl"
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """The file, open for appending by the one process that runs the search.
+
+    Raises:
+        UserError: another process runs this search, or the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with writing(path):
+            self._file = open(path, "a+b")  # noqa: SIM115 - closed in close()
+        for attempt in range(5):  # `hpcl status` holds a lock for a moment
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if attempt < 4:
+                    time.sleep(0.05)
+                    continue
+                self._file.close()
+                raise UserError(
+                    f"{path.parent}: another process runs this search; wait for it, or give another --name"
+                ) from None
+        self._file.truncate(_whole_lines(self._file.read() if not self._file.seek(0) else b""))
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, event: str, *, sync: bool = False, **facts: Any) -> Event:
+        """Add one event; with `sync` it is on disk when this returns. Gives the event as it will be read back."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, default=_plain)
+        with writing(self._path):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+            if sync:
+                os.fsync(self._file.fileno())
+        entry: Event = json.loads(line)
+        return entry
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps a copy of what it is given, which nobody reads back: an open file cannot be in it."""
+        return {"_path": self._path}
+
+    def close(self) -> None:
+        """Close the file and let others have it; safe to call twice."""
+        self._file.close()
+
+
+def read_events(path: Path) -> list[Event]:
+    """All events so far, also while a search writes them; a line that a crash cut off is left out.
+
+    Raises:
+        UserError: there is no such file, or it is not a journal.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a search (results/<name>)")
+    return list(_events(path))
+
+
+def _events(path: Path) -> Iterator[Event]:
+    content = path.read_bytes()
+    for number, line in enumerate(content[: _whole_lines(content)].splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or "event" not in entry:
+            raise UserError(f"{path}:{number}: not an event of a search; the file is damaged from here on")
+        yield entry
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this journal open, which is: runs the search."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _whole_lines(content: bytes) -> int:
+    """Bytes up to and with the last line break."""
+    return content.rfind(b"\n") + 1
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars as plain numbers."""
+    plain = clean(value)
+    if plain is value:
+        raise TypeError(f"{type(value).__name__} cannot stand in the journal")
+    return plain

@@ -1,0 +1,306 @@
+"""One process's part of a search: from opening its folder, through Ray Tune, to the last file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib import metadata
+from typing import Any
+
+from ray import tune
+from ray.tune.logger import JsonLoggerCallback
+
+from hpcl.errors import UserError
+from hpcl.prefix import code_version, prefix_key
+from hpcl.search.asha import StageASHA
+from hpcl.search.clock import StageClock
+from hpcl.search.cluster import logged_to
+from hpcl.search.folder import Choice
+from hpcl.search.found import ALL_ENDED, Found, header
+from hpcl.search.interrupt import Draining, ended_by_signals
+from hpcl.search.journal import JOURNAL_NAME, Journal, read_events
+from hpcl.search.lean import Shape, trial_resources
+from hpcl.search.listed import Listed
+from hpcl.search.live import Course, Live, is_terminal, view
+from hpcl.search.monitor import Monitor
+from hpcl.search.plan import DRIVER_CPUS, Plan, shown
+from hpcl.search.prefixes import PrefixNode
+from hpcl.search.progress import Follow, say
+from hpcl.search.queue import Prefixes, WorkQueue, report
+from hpcl.search.record import Record
+from hpcl.search.sampler import JOURNAL_NAME as STUDY_NAME
+from hpcl.search.sampler import Sampler
+from hpcl.search.store import PrefixStore
+from hpcl.search.tables import Tables
+from hpcl.search.trial import Job, first_line, run_trial
+from hpcl.search.warm import Warm
+from hpcl.stages import stage_lengths
+from hpcl.yamlio import write
+
+NO_DATA = "none"
+"""In place of the images' hash where the caller's own function trains."""
+
+
+class Session:
+    """One process's part of a search, from opening its folder to the last file."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        job: Job,
+        data_hash: str,
+        nodes: list[dict[str, Any]],
+        own: str | None,
+        say: Callable[[str], None],
+        listed: Listed | None = None,
+    ) -> None:
+        self.plan, self.job, self._data_hash, self._say = plan, job, data_hash, say
+        self.space, self.folder = plan.space, plan.folder
+        self._own, self._listed = own, listed
+        self._record = Record(plan, nodes, own, None if data_hash == NO_DATA else data_hash, given=listed is not None)
+        self.draining = Draining()
+        self._course = Course()
+        self._clock = StageClock(self.space.base, self.space.search.clock)
+        self._lengths: dict[str, tuple[int, int, int, int, int]] = {}
+
+    # ---------------------------------------------------------------- its folder
+
+    def open(self, choice: Choice) -> None:
+        """Make the folder, or take in what an earlier process wrote there."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=choice.resume)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot be made ({error.strerror}); choose another with --results or --name"
+            ) from None
+        what = "retrained" if self._listed else "searched"
+        write(self.folder / "space.yaml", self.space.to_tree(), f"The space as it was {what} in {self.folder.name}.")
+        self.journal = Journal(self.folder / JOURNAL_NAME)
+        self.tables = Tables(self.folder, self.space, self.journal)
+        for event in read_events(self.folder / JOURNAL_NAME):
+            self.tables.take(event)
+            self._course.take(event)
+        self._end_complete_trials()
+        self.sampler = self._listed or self._open_study()
+        for row in self.tables.epochs:  # those of the last moment may be missing in the study
+            report(self.tables, self.sampler, row)
+        self.sampler.reconcile(
+            {
+                number: (self.tables.state_of(trial), self.tables.trials[trial]["metric"])
+                for trial, number in self.tables.optuna.items()
+            }
+        )
+        self._record.write("running")
+        room = self.plan.concurrency
+        if not self._listed:
+            self._greet(choice)
+        self.tables.session(
+            command=self._record.resume_command,
+            gpus=room.gpus_per_worker * self.job.workers,
+            cpus=room.cpus_per_worker * self.job.workers,
+        )
+
+    def _open_study(self) -> Sampler:
+        search = self.space.search
+        return Sampler(
+            self.space,
+            startup=self.plan.startup,
+            journal=self.folder / STUDY_NAME,
+            name=self.folder.name,
+            kind=search.sampler,
+            told=search.told,
+        )
+
+    def _greet(self, choice: Choice) -> None:
+        room, trials = self.plan.concurrency, self.space.search.trials
+        each = room.each(self.job.workers)
+        if choice.resume:
+            ended = len(self.tables.trials) - self.tables.count("running")
+            self._say(
+                f"going on with {shown(self.folder)}: {ended} of {trials} trials have ended, "
+                f"{self.tables.count('running')} go on from their checkpoints"
+            )
+            for change in choice.changes:
+                self._say(f"  changed: {change}")
+        self._say(f"search {self.folder.name}: {trials} trials, {room.trials} at a time ({each} each)")
+
+    def _end_complete_trials(self) -> None:
+        """A process that was killed between a trial's last row and its end left that to us."""
+        for trial in self.tables.unfinished():
+            row = self.tables.newest(trial)
+            if row.get("state") == "finished":
+                self.tables.end(trial, "finished", f"all {row['epoch']} epochs trained")
+            elif row.get("state") == "diverged":
+                self.tables.end(trial, "diverged", f"epoch {row['epoch']}: the loss is not finite")
+
+    def warm(self, warm: Warm) -> None:
+        """Tell the sampler of earlier searches' trials."""
+        self.sampler.add_finished(warm.points)
+        self._say(f"warm start: {len(warm.points)} finished trials of earlier searches")
+        for text in (*warm.notes, *(f"skipped {text}" for text in warm.skipped)):
+            self._say(f"  {text}")
+
+    def close(self) -> None:
+        """Give the folder free."""
+        self.journal.close()
+
+    # ---------------------------------------------------------------- running
+
+    def run(self) -> Found:
+        """Run what is left of the search, and write its files."""
+        try:
+            self._tune()
+        except KeyboardInterrupt:
+            self.draining.ask("interrupted", interrupted=True)
+        except BaseException as error:
+            self.tables.conclude("failed", first_line(error))
+            self._record.write("failed")
+            raise
+        finally:
+            self.tables.write()
+        return self._conclude()
+
+    def _tune(self) -> None:
+        space, room, draining = self.space, self.plan.concurrency, self.draining
+        search, workers = space.search, self.job.workers
+        scheduler = StageASHA(
+            search.metric,
+            search.mode,
+            total=self._clock.total,
+            grace=search.grace,
+            factor=search.factor,
+            fork=self.plan.fork,
+            min_peers=search.min_peers,
+            brackets=search.brackets,
+            seed=search.seed,
+            clock=self._time,
+            ledger=self.tables,
+            draining=draining,
+        )
+        scheduler.restore(
+            self.tables.rungs, ended={t for t, row in self.tables.trials.items() if row["state"] != "running"}
+        )
+        queue = WorkQueue(
+            self.tables,
+            self.sampler,
+            trials=search.trials,
+            at_a_time=room.trials,
+            folder=self.folder,
+            prefixes=self._prefixes(),
+            closed=draining,
+        )
+        monitor = Monitor(list(space.params), len(self.plan.rungs), search.trials)
+        live = Live() if self._say is say and is_terminal() else None
+        if live:
+            self._say = live.say
+        follow = Follow(
+            self.tables, self.plan, self.plan.budget, monitor, draining, say=self._say, course=self._course, live=live
+        )
+        alone = {"cpu": room.cpus_per_worker, "gpu": room.gpus_per_worker}
+        group = Shape(workers, room.cpus_per_worker, room.gpus_per_worker)
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(run_trial, job=self.job),
+                alone if workers == 1 else trial_resources(group, DRIVER_CPUS),
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=queue,
+                scheduler=scheduler,
+                num_samples=-1,  # the queue says when it is at its end
+                reuse_actors=True,
+                trial_dirname_creator=_trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="tune" if len(self.tables.sessions) == 1 else f"tune-{len(self.tables.sessions)}",
+                storage_path=str(self.folder),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=search.retries),
+                stop=_AtTheEnd(draining, follow),
+                # Not Tune's CSV: its columns are those of the first row, which has no clusters yet.
+                callbacks=[follow, JsonLoggerCallback()],  # type: ignore[no-untyped-call]
+            ),
+        )
+        with live or nullcontext(), logged_to(self.folder / "ray.log"), ended_by_signals(draining, self._say):
+            tuner.fit()
+            if live:
+                live.update(view(self.tables, self.plan, self._course, running=False))
+
+    def _time(self, trial: str, epoch: int) -> float:
+        """The clock of a trial or prefix."""
+        if trial not in self._lengths:
+            self._lengths[trial] = stage_lengths(self.space.config_for(self.tables.values[trial]).stages)
+        return self._clock.time(self._lengths[trial], epoch)
+
+    def _prefixes(self) -> Prefixes | None:
+        if self.plan.prefixes is None:
+            return None
+        job = self.job
+        on_gpu = job.gpus > 0 and self.space.base.runtime.device != "cpu"
+        environment: dict[str, str | int] = {
+            "data": self._data_hash,
+            "code": code_version(),
+            "ranks": job.workers,
+            "device": "cuda" if on_gpu else "cpu",
+            "dtype": self.space.base.runtime.precision,
+            "threads": max(1, int(job.cpus + 0.1)),  # the order of a sum on the CPU
+            "torch": metadata.version("torch"),
+        }
+        if job.backbone is not None or self._data_hash == NO_DATA:
+            # What a user's own function does is not known: its prefixes are for this search only.
+            environment["search"] = str(self.folder)
+
+        def key(node: PrefixNode) -> str:
+            return prefix_key(self.space.config_for(node.values), node.stage, environment)
+
+        return Prefixes(self.plan.prefixes, PrefixStore(self.folder.parent / "prefixes", self.folder.name), key)
+
+    # ---------------------------------------------------------------- its end
+
+    def _conclude(self) -> Found:
+        """Choose the best trial and write ``best.yaml`` and ``search.json``."""
+        tables, draining = self.tables, self.draining
+        if tables.unfinished() or len(tables.trials) < self.space.search.trials:
+            draining.ask("interrupted", interrupted=True)  # Tune ended its loop by itself, as it does at SIGUSR1
+        state = "interrupted" if draining.interrupted else "failed" if draining.at_once else "finished"
+        reason = draining.reason or ALL_ENDED
+        if state != "interrupted":
+            self.sampler.close_running()
+        tables.conclude(state, reason)
+        best_trial = tables.best()
+        best = self.space.config_for(tables.values[best_trial["trial_id"]]) if best_trial else None
+        found = Found(
+            folder=self.folder,
+            trials=sorted(tables.trials.values(), key=lambda trial: trial["number"]),
+            epochs=tables.epochs,
+            prefixes=list(tables.prefixes.values()),
+            epochs_trained=tables.epochs_trained(),
+            best_trial=best_trial,
+            best=best,
+            chosen_by=tables.chosen_by(),
+            seconds=self._record.seconds,
+            state=state,
+            reason=reason,
+            notes=tables.notes,
+            command=self._record.resume_command,
+        )
+        if best_trial and best and not self._listed:
+            write(self.folder / "best.yaml", best, header(self.space, found, best_trial, self._own))
+        self._record.write(state, found)
+        return found
+
+
+class _AtTheEnd(tune.Stopper):
+    """Ends Tune's loop when the search is to end and no trial has an epoch left to finish."""
+
+    def __init__(self, draining: Draining, follow: Follow) -> None:
+        self._draining, self._follow = draining, follow
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._draining() and (self._draining.at_once or self._follow.idle)
+
+
+def _trial_id(trial: Any) -> str:
+    return str(trial.config["trial"])

@@ -1,0 +1,60 @@
+"""Where trained prefixes lie: ``results/prefixes/<key>/``, for all searches that need them.
+
+The key says everything that a prefix depends on (:func:`hpcl.prefix.prefix_key`), so a
+folder of that name is the right one whoever trained it. A prefix is trained in a working
+folder of its search's own and gets its name by one rename when it is complete: a reader
+never sees a part, a crash leaves the working folder to go on from, and of two searches
+that train the same one the first to end gives it its name.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcl.results import epoch_schema, read_rows, write_table, writing
+
+CHECKPOINT = "checkpoint.pt"
+TABLE = "prefix.parquet"
+"""The epochs' rows, with the columns of ``epochs.parquet``."""
+
+
+class PrefixStore:
+    """The prefixes of a results folder.
+
+    Args:
+        root: ``results/prefixes``.
+        owner: name of the search, for its working folders.
+    """
+
+    def __init__(self, root: Path, owner: str) -> None:
+        self._root, self._owner = root, owner
+
+    def checkpoint(self, key: str) -> Path:
+        """The checkpoint that trials go on from."""
+        return self._root / key / CHECKPOINT
+
+    def work(self, key: str) -> Path:
+        """The folder in which this search trains it."""
+        return self._root / f".{key}-{self._owner}"
+
+    def rows(self, key: str, last_epoch: int) -> list[dict[str, Any]] | None:
+        """Its epochs' rows; None where it is not there, or not up to this epoch."""
+        if not self.checkpoint(key).is_file() or not (self._root / key / TABLE).is_file():
+            return None
+        rows = read_rows(self._root / key / TABLE)
+        return rows if rows and rows[-1]["epoch"] == last_epoch else None
+
+    def publish(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Give the complete working folder its name, unless another search was first."""
+        work = self.work(key)
+        write_table(work / TABLE, rows, epoch_schema())
+        with writing(work):
+            try:
+                work.rename(self._root / key)
+            except OSError:
+                if not self.checkpoint(key).is_file():
+                    raise
+                shutil.rmtree(work, ignore_errors=True)
