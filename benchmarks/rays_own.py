@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +78,9 @@ class RaysOwn:
 
     def row(self, number: int, row: Row) -> bool:
         """Ask the scheduler; the searcher hears of rows that do not end the trial."""
-        decision = self.scheduler.on_trial_result(None, trial_of(number), row)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, at a rung that holds nothing but NaN
+            decision = self.scheduler.on_trial_result(None, trial_of(number), row)  # type: ignore[arg-type]
         if decision != STOP:
             self.searcher.on_trial_result(name(number), row)
         self._last[number] = self._sign * row[self._metric]

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -103,11 +104,11 @@ def table(results: Results, scale: float) -> str:
     """One line a stack."""
     rows = [("stack", "regret", "quartiles", "rank", "trials", "epochs/ideal", "not finished", "not its best")]
     for (name, outcomes), rank in zip(results.items(), ranks(results), strict=True):
-        low, middle, high = np.percentile([o.regret / scale for o in outcomes], (25, 50, 75), method="nearest")
+        low, high = np.percentile([o.regret / scale for o in outcomes], (25, 75), method="nearest")
         rows.append(
             (
                 name,
-                f"{middle:.3f}",
+                f"{median(o.regret for o in outcomes) / scale:.3f}",
                 f"{low:.3f} .. {high:.3f}",
                 f"{rank:.2f}",
                 f"{np.mean([o.trials for o in outcomes]):.0f}",
@@ -116,9 +117,7 @@ def table(results: Results, scale: float) -> str:
                 f"{np.mean([not o.was_best for o in outcomes]):.0%}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(f"  {line}".rstrip() for line in lines)
+    return _aligned(rows)
 
 
 def ranks(results: Results) -> list[float]:
@@ -135,18 +134,19 @@ def verdict(found: Sequence[tuple[Source, Results]]) -> str:
     regrets = {name: [o.regret / source.scale for source, results in found for o in results[name]] for name in names}
     every: Results = {name: [o for _, results in found for o in results[name]] for name in names}
     mean_ranks = np.mean([ranks(results) for _, results in found], axis=0)
-    lines = ["all together (median regret, mean rank, epochs/ideal):"]
+    rows = [("all together", "regret", "rank", "epochs/ideal", "runs better : worse than shipped")]
     for name, rank in zip(names, mean_ranks, strict=True):
-        lines.append(f"  {name:<24}  {np.median(regrets[name]):.3f}  {rank:.2f}  {_ratio(every[name]):.2f}")
-    lines.append("targets:")
+        wins, losses = _duel(regrets[name], regrets["shipped"])
+        duel = "" if name == "shipped" else f"{wins} : {losses}"
+        rows.append((name, f"{median(regrets[name]):.3f}", f"{rank:.2f}", f"{_ratio(every[name]):.2f}", duel))
+    lines = [_aligned(rows), "targets"]
     for other in ("ray", "random"):
         if other not in names:
             lines.append(f"  median regret no worse than {other}'s: not compared")
             continue
-        ours, theirs = np.median(regrets["shipped"]), np.median(regrets[other])
+        ours, theirs = median(regrets["shipped"]), median(regrets[other])
         worse = [s.name for s, results in found if _median(results["shipped"]) > _median(results[other])]
-        wins = sum(a < b for a, b in zip(regrets["shipped"], regrets[other], strict=True))
-        losses = sum(a > b for a, b in zip(regrets["shipped"], regrets[other], strict=True))
+        wins, losses = _duel(regrets["shipped"], regrets[other])
         lines.append(
             f"  median regret no worse than {other}'s: {_yes(ours <= theirs)} ({ours:.3f} against {theirs:.3f}; "
             f"better in {wins} runs, worse in {losses}; by source worse in {', '.join(worse) or 'none'})"
@@ -220,15 +220,27 @@ def _settings(options: argparse.Namespace, total: float) -> Search:
     return Search(grace=grace, factor=options.factor, trials=max(1, round(2 * options.budget)))
 
 
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def _duel(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
+    """Runs with less regret, and with more, on the same curves and seed."""
+    pairs = list(zip(ours, theirs, strict=True))
+    return sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+
+
 def _ratio(outcomes: Sequence[Outcome]) -> float:
-    return float(np.median([o.realised / o.ideal for o in outcomes]))
+    return median(o.realised / o.ideal for o in outcomes)
 
 
 def _median(outcomes: Sequence[Outcome]) -> float:
-    return float(np.median([o.regret for o in outcomes]))
+    return median(o.regret for o in outcomes)
 
 
-def _yes(fact: Any) -> str:
+def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
 
 

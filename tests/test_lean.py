@@ -146,8 +146,9 @@ def test_where_rays_inside_is_another_the_trial_holds_no_place_for_ranks(
     held = lean.trial_resources(shape, 0.01)
     assert isinstance(held, tune.PlacementGroupFactory)
     assert held.bundles == [{"CPU": 0.01}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}]
+    assert not lean.needs_dashboard()
     monkeypatch.delattr(TrainController, name)
-    assert lean.trial_resources(shape, 0.01) == {"cpu": 0.01}
+    assert lean.trial_resources(shape, 0.01) == {"cpu": 0.01} and lean.needs_dashboard()
 
 
 class GroupError(Exception):

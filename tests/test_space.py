@@ -383,7 +383,7 @@ def test_flags() -> None:
     assert changed.base.data.source == "2024"
     assert (changed.search.trials, changed.search.seed, changed.base.seed) == (3, 9, 9)
     assert (changed.resources.workers, changed.resources.gpus_per_worker) == (2, 1)
-    assert (changed.epochs, changed.search.grace) == (40, 10)  # the first rung keeps its place in the schedule
+    assert (changed.epochs, changed.search.grace) == (40, 14)  # the first rung keeps its place in the schedule
     assert stage_lengths(changed.base.stages) == (6, 1, 13, 1, 19)
     for epochs, grace in ((5, 1), (10, 2), (7, 2)):
         assert spaces.with_overrides(space, epochs=epochs).search.grace == grace

@@ -279,9 +279,14 @@ def trial_resources(shape: Shape, driver_cpus: float) -> tune.PlacementGroupFact
         shape: the group.
         driver_cpus: CPUs of the trial's own process, which only waits.
     """
-    if _inside() is None:
+    if needs_dashboard():
         return {"cpu": driver_cpus}  # Ray Train takes another place for the ranks
     return tune.PlacementGroupFactory([{"CPU": driver_cpus}, *[_bundle(shape)] * shape.workers])
+
+
+def needs_dashboard() -> bool:
+    """Whether worker groups need Ray's dashboard: Ray Train's own cleaner of placement groups asks it."""
+    return _inside() is None
 
 
 def _bundle(shape: Shape) -> dict[str, float]:

@@ -157,7 +157,8 @@ class Shipped:
     def row(self, number: int, row: Row) -> bool:
         """Ask the scheduler, tell the sampler."""
         decision = self.scheduler.on_trial_result(None, trial_of(number), row)  # type: ignore[arg-type]
-        self.sampler.report(self._optuna[name(number)], finite(row[self._metric]), row["epoch"])
+        step = math.ceil(self._time(name(number), row["epoch"]) - 1e-9)
+        self.sampler.report(self._optuna[name(number)], finite(row[self._metric]), step)
         return decision == STOP
 
     def complete(self, number: int, row: Row) -> None:
