@@ -20,6 +20,9 @@ from hpcl import load_config
 from hpcl.results import read_rows
 from hpcl.search.journal import read_events
 
+pytestmark = pytest.mark.timeout(900)
+"""Four searches one after another; on a busy machine Ray takes a minute to start."""
+
 SPACE = """
 base: {preset: embedded, model: {dim: 16}, stages: {total: 12}}
 space:
@@ -84,7 +87,7 @@ class Story:
         first = start(self.command)
         self.first = until(first, "[")
         first.send_signal(signal.SIGINT)
-        self.first += first.communicate(timeout=120)[0]
+        self.first += first.communicate(timeout=300)[0]
         self.first_code = first.returncode
         self.record = json.loads((self.folder / "search.json").read_text())
         self.look()
@@ -100,12 +103,12 @@ class Story:
         third.send_signal(signal.SIGTERM)
         self.third += until(third, "interrupted: ")
         third.send_signal(signal.SIGTERM)
-        self.third += third.communicate(timeout=120)[0]
+        self.third += third.communicate(timeout=300)[0]
         self.third_code = third.returncode
         self.look()
 
         last = start([*self.command, "--name", "scripted"])
-        self.last = last.communicate(timeout=240)[0]
+        self.last = last.communicate(timeout=400)[0]
         self.last_code = last.returncode
 
     def look(self) -> None:

@@ -242,6 +242,14 @@ def test_budgets_end_a_search_at_the_next_epoch_and_more_lets_it_go_on(ray: None
     found = hpcl.search.run(more, name="budget", results=tmp_path, train=scripted.train, say=lambda line: None)
     assert found.states == {"finished": 4, "stopped": 0, "failed": 0, "diverged": 0, "running": 0}
     assert found.epochs_trained == 48 and len(found.epochs) == 48
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(found.folder / "optuna.journal"))
+    )
+    told: dict[str, set[str]] = {}
+    for trial in optuna.load_study(study_name="budget", storage=storage).trials:
+        told.setdefault(trial.user_attrs["trial"], set()).add(trial.state.name)
+    # Those that were cut short had been told as PRUNED, and finished under another number.
+    assert len(told) == 4 and all("COMPLETE" in states <= {"COMPLETE", "PRUNED"} for states in told.values())
 
 
 def knob(config: Any, folder: Path, report: Any, **options: Any) -> None:
@@ -280,3 +288,17 @@ def test_a_search_learns_from_an_earlier_one(found: Found, ray: None, tmp_path: 
     assert sorted(t.value for t in earlier) == sorted(t["metric"] for t in finished) and earlier
     assert f"warm start: {len(finished)} finished trials of earlier searches" in lines
     assert any("skipped" in line and "stopped" in line for line in lines)
+
+
+def slow_to_leave(config: Any, folder: Path, report: Any, **options: Any) -> None:
+    try:
+        scripted.train(config, folder, report, **options)
+    finally:
+        time.sleep(3)  # longer than Tune waits by itself
+
+
+def test_a_trial_that_is_slow_to_leave_costs_no_other_trial(ray: None, tmp_path: Path) -> None:
+    text = SPACE.replace("[16, 17, 18, 19, 20, 21, 22]", "[16, 17]").replace("trials: 16", "trials: 5")
+    space = make(text, "search.max_concurrent=1", "search.share_prefix=false")
+    found = hpcl.search.run(space, name="slow", results=tmp_path, train=slow_to_leave, say=lambda line: None)
+    assert found.count("stopped") >= 1 and found.count("stopped") + found.count("finished") == 5

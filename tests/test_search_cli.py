@@ -187,7 +187,8 @@ def test_a_budget_that_is_used_up_leaves_ctrl_c_its_meaning() -> None:
     draining.ask("2 hours are used up")
     with pytest.raises(KeyboardInterrupt), ended_by_signals(draining, lambda text: None):
         os.kill(os.getpid(), signal.SIGINT)
-    assert draining.reason == "2 hours are used up"
+        assert draining.interrupted and draining.reason == "2 hours are used up"
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

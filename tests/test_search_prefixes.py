@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from hpcl.search.cluster import connected
 from hpcl.search.found import Found
 from hpcl.search.journal import read_events
 from hpcl.search.space import Space, apply_overrides, from_tree
+from hpcl.search.store import PrefixStore
 from hpcl.yamlio import dump, read_tree
 
 SPACE = """
@@ -126,3 +128,40 @@ def fails_as_prefix(config: Config, folder: Path, report: Any, **options: Any) -
     if options["until_stage"] is not None:
         raise ValueError("prefixes do not work today")
     scripted.train(config, folder, report, **options)
+
+
+def ignores_the_end(config: Config, folder: Path, report: Any, **options: Any) -> None:
+    scripted.train(config, folder, report, **{**options, "until_stage": None})
+
+
+def test_a_prefix_that_trains_too_much_is_not_taken_and_not_tried_again(ray: None, tmp_path: Path) -> None:
+    text = """
+base: {preset: embedded, model: {dim: 16}, stages: {total: 12}}
+space:
+  growth.window: {int: [1, 3]}
+search: {trials: 2, grace: null, startup: 2, max_concurrent: 2, seed: 0}
+"""
+    space = from_tree(read_tree(text), name="much")
+    found = hpcl.search.run(space, name="much", results=tmp_path, train=ignores_the_end, say=lambda line: None)
+    assert len(found.prefixes) == 1 and found.count("finished") == 2
+    assert not any(row["shared"] for row in found.epochs)
+
+
+def test_a_prefix_without_its_table_is_trained_anew(tmp_path: Path) -> None:
+    store = PrefixStore(tmp_path, "mine")
+    rows = [{"epoch": 1, "stage": 1, "state": "running"}, {"epoch": 2, "stage": 1, "state": "running"}]
+    for broken in ("absent", "not a table"):
+        shutil.rmtree(tmp_path / "k", ignore_errors=True)
+        (tmp_path / "k").mkdir()
+        store.checkpoint("k").write_text("copied in part")
+        if broken != "absent":
+            (tmp_path / "k" / "prefix.parquet").write_text(broken)
+        assert store.rows("k", 2) is None
+        store.work("k").mkdir()
+        (store.work("k") / "checkpoint.pt").write_text("whole")
+        store.publish("k", rows)
+        assert [row["epoch"] for row in store.rows("k", 2) or []] == [1, 2] and store.rows("k", 3) is None
+        assert store.checkpoint("k").read_text() == "whole" and not store.work("k").exists()
+    store.work("k").mkdir()  # another search was first
+    store.publish("k", rows)
+    assert store.checkpoint("k").read_text() == "whole" and not store.work("k").exists()

@@ -25,6 +25,9 @@ _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # Ctrl-C is ours: running epochs are finished before the search ends.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Seconds that a stopped trial may take to leave its process; the next one to use it waits. After Tune's own 2
+    # the next trial is dropped without a word.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
     # Only the loggers we pass: TensorBoard events are written by the trainer itself.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A row leaves out a curve that has no value yet.
@@ -82,6 +85,8 @@ def connected(address: str | None = None, *, workers: int = 1) -> Iterator[list[
             if address is not None:
                 _knock(address)
             ray.init(**options)
+        except SystemExit as error:  # Ray's own answer to SIGTERM
+            raise KeyboardInterrupt from error
         except (OSError, ValueError) as error:  # a ConnectionError is an OSError
             if address is None:
                 raise

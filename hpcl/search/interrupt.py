@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -26,8 +26,8 @@ class Draining:
 
     def ask(self, reason: str, *, interrupted: bool = False, at_once: bool = False) -> None:
         """End the search; the first reason stays."""
-        if self.reason is None:
-            self.reason, self.interrupted = reason, interrupted
+        self.reason = self.reason or reason
+        self.interrupted = self.interrupted or interrupted
         self.at_once = self.at_once or at_once
 
 
@@ -42,10 +42,11 @@ def ended_by_signals(draining: Draining, say: Callable[[str], None]) -> Iterator
         return
 
     def handle(number: int, frame: object) -> None:
-        if draining():
+        if draining.interrupted:
             raise KeyboardInterrupt
         draining.ask("interrupted", interrupted=True)
-        say("interrupted: the running epochs are finished and saved; once more ends the search at once")
+        with suppress(RuntimeError):  # in the middle of another line
+            say("interrupted: the running epochs are finished and saved; once more ends the search at once")
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

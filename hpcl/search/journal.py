@@ -5,6 +5,7 @@ the seconds since 1970 under ``time``:
 
     session  command, gpus, cpus       a process began to run the search; what a trial of it holds
     trial    trial, number, values, optuna              a trial was drawn
+    retold   trial, optuna             Optuna had been told of its end, and it goes on under another number
     fork     trial, prefix             it goes on from a prefix, whose rows become its first rows
     row      trial, row                an epoch was reported
     rung     trial, bracket, rung, value                ASHA compared the trial there

@@ -49,8 +49,9 @@ class Listed:
     def tell(self, optuna_number: int, state: str, value: float | None = None) -> None:
         """Nothing."""
 
-    def reconcile(self, known: Mapping[int, tuple[str, float | None]]) -> None:
+    def reconcile(self, known: Mapping[int, tuple[str, float | None]]) -> dict[int, int]:
         """Nothing."""
+        return {}
 
     def close_running(self) -> None:
         """Nothing."""

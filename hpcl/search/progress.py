@@ -22,12 +22,14 @@ from hpcl.search.interrupt import Draining
 from hpcl.search.live import Course, Live, view
 from hpcl.search.monitor import Monitor
 from hpcl.search.plan import Plan, duration
+from hpcl.search.queue import WorkQueue
 from hpcl.search.tables import PREFIX, Row, Tables
 from hpcl.search.trial import ERROR_FILE
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
+LOST = "the trial's process was lost"
 SAY_EVERY = 30.0
 """Seconds between two lines on the whole search."""
 
@@ -46,6 +48,7 @@ class Follow(tune.Callback):
         budget: what it may use.
         monitor: looks whether the curve merely reports a searched field.
         draining: asked to end the search here.
+        queue: hears of trials that failed.
         say: prints one line.
         course: the order of ends, in an earlier process too.
         live: the table in a terminal; None: a line now and then instead.
@@ -58,6 +61,7 @@ class Follow(tune.Callback):
         budget: Budget,
         monitor: Monitor,
         draining: Draining,
+        queue: WorkQueue,
         *,
         say: Callable[[str], None] = say,
         course: Course | None = None,
@@ -65,7 +69,8 @@ class Follow(tune.Callback):
     ) -> None:
         self._tables, self._plan, self._say = tables, plan, say
         self._course, self._live = course or Course(), live
-        self._budget, self._monitor, self._draining = budget, monitor, draining
+        self._budget, self._monitor, self._draining, self._queue = budget, monitor, draining, queue
+        self._retries = plan.space.search.retries
         self._asked = plan.space.search.trials
         monitor.restore(tables.notes)
         self._looked = 0
@@ -98,6 +103,8 @@ class Follow(tune.Callback):
         self._running.discard(trial.trial_id)
         ours, error = trial.config["trial"], self._error(trial)
         self._course.left(ours)
+        if self._tables.state_of(ours) != "running":
+            return  # the process was lost after the trial's last row
         self._tables.retry(ours, error)
         self._say(f"{_called(ours)} broke off and is tried again: {error}")
 
@@ -112,15 +119,22 @@ class Follow(tune.Callback):
             epochs = self._tables.newest(ours).get("epoch", 0)
             self._tables.end(ours, "failed", f"ended after epoch {epochs} without finishing its schedule")
         if self._tables.state_of(ours) != "running":
+            self._queue.tell(ours)
             self._ended(ours)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._running.discard(trial.trial_id)
-        ours = trial.config["trial"]
-        self._tables.end(ours, "failed", self._error(trial))
+        ours, error = trial.config["trial"], self._error(trial)
+        row = self._tables.trials.get(ours, {})
+        if row.get("state") == "running" and error.startswith(LOST) and row["retries"] <= self._retries:
+            self._queue.again(ours)  # a process that is lost between two trials takes the next one with it
+            return
+        self._tables.end(ours, "failed", error)
+        self._queue.tell(ours)
         self._ended(ours)
 
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def look_at_budget(self) -> None:
+        """End the search where its budget is used up."""
         if not self._draining():
             used = self._budget.exhausted(
                 trials_begun=len(self._tables.trials),
@@ -131,6 +145,9 @@ class Follow(tune.Callback):
             if used:
                 self._draining.ask(used)
                 self._say(f"{used}: the running epochs are finished, nothing new starts")
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self.look_at_budget()
         if self._live:
             self._live.update_if_due(lambda: view(self._tables, self._plan, self._course))
         elif time.monotonic() - self._said > SAY_EVERY:
@@ -198,7 +215,7 @@ class Follow(tune.Callback):
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             lines = [line for line in lines if not line.startswith("Failure #")] or ["no reason known"]
             # A traceback ends with its error; Ray's account of a lost process begins with it.
-            line = lines[-1] if "ray::" in lines[0] else f"the trial's process was lost: {lines[0]}"
+            line = lines[-1] if "ray::" in lines[0] else f"{LOST}: {lines[0]}"
             write_text(path, f"{line}\n\n{text}")
         with open(path, encoding="utf-8") as file:
             return file.readline().strip()

@@ -31,6 +31,8 @@ class Prefixes:
     store: PrefixStore
     key: Callable[[PrefixNode], str]
     """The key of a node, :func:`hpcl.prefix.prefix_key` of the configuration and the machine."""
+    time: Callable[[str, int], float]
+    """(prefix id, epoch) -> its time on this search's clock."""
 
 
 class WorkQueue(Searcher):
@@ -99,7 +101,7 @@ class WorkQueue(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a running trial's newest value on to Optuna."""
-        report(self._tables, self._sampler, self._tables.newest(self._live[trial_id]))
+        report(self._tables, self._sampler, self._tables.newest(self._live.get(trial_id, "")))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A job ended: publish a prefix, tell Optuna of a trial; one that was cut short goes on another time."""
@@ -111,16 +113,17 @@ class WorkQueue(Searcher):
             self._end_prefix(ours, failed)
         else:
             report(self._tables, self._sampler, self._tables.newest(ours))
-            state = "failed" if failed else self._tables.state_of(ours)
-            if state == "running" and not self._closed():
-                state = "failed"  # it returned before the end of its schedule
-            if state != "running":
-                self.tell(ours, state)
+            self.tell(ours)
 
-    def tell(self, trial: str, state: str) -> None:
-        """Tell Optuna how a trial ended."""
-        if trial in self._tables.optuna:
+    def tell(self, trial: str) -> None:
+        """Tell Optuna how a trial ended, if it has."""
+        state = self._tables.state_of(trial)
+        if trial in self._tables.optuna and state != "running":
             self._sampler.tell(self._tables.optuna[trial], state, finite(self._tables.trials[trial]["metric"]))
+
+    def again(self, trial: str) -> None:
+        """Hand a trial out once more that Tune gave up."""
+        self._resumed.append(trial)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal has it."""
@@ -198,7 +201,7 @@ class WorkQueue(Searcher):
     def _is_there(self, node: PrefixNode) -> bool:
         """Whether a prefix is complete; rows of one that another search trained are taken over."""
         prefix = self._id(node)
-        if prefix in self._there:
+        if prefix in self._there and self._shared.store.checkpoint(self._shared.key(node)).is_file():
             return True
         rows = self._shared.store.rows(self._shared.key(node), node.last_epoch)
         if rows is None:
@@ -206,7 +209,7 @@ class WorkQueue(Searcher):
         self._there.add(prefix)
         self._tables.begin(prefix, 0, node.values)
         for row in rows:
-            self._tables.add(prefix, {**row, "shared": True})
+            self._tables.add(prefix, {**row, "shared": True, "clock": self._shared.time(prefix, row["epoch"])})
         self._tables.end(prefix, "finished", "trained by another search")
         return True
 
@@ -216,9 +219,9 @@ class WorkQueue(Searcher):
         if not failed and row.get("state") == "running" and row["epoch"] == node.last_epoch:
             self._shared.store.publish(self._shared.key(node), self._tables.prefix_rows(prefix))
             self._tables.end(prefix, "finished", f"trained through stage {node.stage}")
-        elif failed or row.get("state") == "diverged":
+        elif not self._closed() or failed:  # it failed, diverged, or did not train what it was to train
             self._broken.add(prefix)
-            self._tables.end(prefix, "failed", "its trials train the stage themselves")
+            self._tables.end(prefix, "failed", "could not be trained; its trials train the stage themselves")
 
 
 def report(tables: Tables, sampler: Sampler | Listed, row: Mapping[str, Any]) -> None:

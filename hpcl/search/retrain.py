@@ -124,7 +124,7 @@ def retrain(
                 say(line)
             own = None if backbone is None else getattr(backbone, "__name__", type(backbone).__name__)
             say("starting Ray ..." if address is None else f"connecting to Ray at {address} ...")
-            with connected(address, workers=space.resources.workers) as nodes:
+            with connected(address, workers=space.resources.workers) as nodes, interruptible():
                 machines = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in nodes]
                 plan = make_plan(space, machines, cluster=address or "this machine", folder=out)
                 room = plan.concurrency

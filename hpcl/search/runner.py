@@ -81,7 +81,8 @@ def run(
         known = None if data_hash == NO_DATA else data_hash
         warm = read_warm(warm_from, space, data_hash=known, backbone=own) if warm_from else None
         say("starting Ray ..." if address is None else f"connecting to Ray at {address} ...")
-        with connected(address, workers=space.resources.workers) as nodes:
+        # Ray puts a handler of its own for SIGTERM in the place of ours.
+        with connected(address, workers=space.resources.workers) as nodes, interruptible():
             machines = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in nodes]
             where = address or "this machine"
             plan = make_plan(space, machines, cluster=where, folder=choice.folder, resumes=choice.resume)

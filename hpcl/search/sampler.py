@@ -201,15 +201,20 @@ class Sampler:
         else:
             self._end(optuna_number, state, ends[state])
 
-    def reconcile(self, known: Mapping[int, tuple[str, float | None]]) -> None:
+    def reconcile(self, known: Mapping[int, tuple[str, float | None]]) -> dict[int, int]:
         """Bring a study that was cut off into line with the search's own log.
 
         Trials that the log ended are told. Those that the log does not know, drawn in the last
         moment, are told as FAIL (`state` is `lost`). Trials that the log calls `running` stay
-        RUNNING, to go on. Rows that may be missing are to be reported before.
+        RUNNING, to go on; one that was told nevertheless (its search was over, and goes on with a larger
+        budget) goes on as a copy, for Optuna changes no trial that has ended. Rows that may be
+        missing are to be reported before.
 
         Args:
             known: number in the study -> (state, last value of the metric), for all trials of the log.
+
+        Returns:
+            The number of each such copy by the number that the log has.
 
         Raises:
             UserError: the log knows a trial that the study does not have.
@@ -226,6 +231,23 @@ class Sampler:
                 self._end(number, state, TrialState.FAIL)
             elif state != "running":
                 self.tell(number, state, value)
+        ended = [number for number, (state, _) in known.items() if state == "running" and number not in self._running]
+        return {number: self._copy(number) for number in ended}
+
+    def _copy(self, optuna_number: int) -> int:
+        """A RUNNING trial with the values and reports of one that has ended; its number."""
+        old = self.study.get_trials(deepcopy=False)[optuna_number]
+        with self._working(), _without_warnings():
+            self.study.add_trial(
+                create_trial(
+                    state=TrialState.RUNNING,
+                    params=old.params,
+                    distributions=old.distributions,
+                    intermediate_values=old.intermediate_values,
+                    user_attrs={"trial": old.user_attrs["trial"]},
+                )
+            )
+            return self._begin(self._trials(TrialState.RUNNING)[-1])
 
     def close_running(self) -> None:
         """Tell all RUNNING trials as PRUNED, in a search that will not go on (`state` is `running`)."""

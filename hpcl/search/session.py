@@ -73,32 +73,33 @@ class Session:
             raise UserError(
                 f"{self.folder}: cannot be made ({error.strerror}); choose another with --results or --name"
             ) from None
+        self.journal = Journal(self.folder / JOURNAL_NAME)
         what = "retrained" if self._listed else "searched"
         write(self.folder / "space.yaml", self.space.to_tree(), f"The space as it was {what} in {self.folder.name}.")
-        self.journal = Journal(self.folder / JOURNAL_NAME)
         self.tables = Tables(self.folder, self.space, self.journal)
         for event in read_events(self.folder / JOURNAL_NAME):
             self.tables.take(event)
             self._course.take(event)
-        self._end_complete_trials()
-        self.sampler = self._listed or self._open_study()
-        for row in self.tables.epochs:  # those of the last moment may be missing in the study
-            report(self.tables, self.sampler, row)
-        self.sampler.reconcile(
-            {
-                number: (self.tables.state_of(trial), self.tables.trials[trial]["metric"])
-                for trial, number in self.tables.optuna.items()
-            }
-        )
-        self._record.write("running")
         room = self.plan.concurrency
-        if not self._listed:
-            self._greet(choice)
         self.tables.session(
             command=self._record.resume_command,
             gpus=room.gpus_per_worker * self.job.workers,
             cpus=room.cpus_per_worker * self.job.workers,
         )
+        self._end_complete_trials()
+        self.sampler = self._listed or self._open_study()
+        for row in self.tables.epochs:  # those of the last moment may be missing in the study
+            report(self.tables, self.sampler, row)
+        known = {
+            number: (trial, self.tables.state_of(trial), self.tables.trials[trial]["metric"])
+            for trial, number in self.tables.optuna.items()
+        }
+        copies = self.sampler.reconcile({number: (state, value) for number, (_, state, value) in known.items()})
+        for number, copy in copies.items():
+            self.tables.retold(known[number][0], copy)
+        self._record.write("running")
+        if not self._listed:
+            self._greet(choice)
 
     def _open_study(self) -> Sampler:
         search = self.space.search
@@ -194,8 +195,17 @@ class Session:
         if live:
             self._say = live.say
         follow = Follow(
-            self.tables, self.plan, self.plan.budget, monitor, draining, say=self._say, course=self._course, live=live
+            self.tables,
+            self.plan,
+            self.plan.budget,
+            monitor,
+            draining,
+            queue,
+            say=self._say,
+            course=self._course,
+            live=live,
         )
+        follow.look_at_budget()
         alone = {"cpu": room.cpus_per_worker, "gpu": room.gpus_per_worker}
         group = Shape(workers, room.cpus_per_worker, room.gpus_per_worker)
         tuner = tune.Tuner(
@@ -247,19 +257,20 @@ class Session:
         }
         if job.backbone is not None or self._data_hash == NO_DATA:
             # What a user's own function does is not known: its prefixes are for this search only.
-            environment["search"] = str(self.folder)
+            environment["search"] = f"{self.folder} {self.tables.sessions[0]['time']}"
 
         def key(node: PrefixNode) -> str:
             return prefix_key(self.space.config_for(node.values), node.stage, environment)
 
-        return Prefixes(self.plan.prefixes, PrefixStore(self.folder.parent / "prefixes", self.folder.name), key)
+        store = PrefixStore(self.folder.parent / "prefixes", self.folder.name)
+        return Prefixes(self.plan.prefixes, store, key, self._time)
 
     # ---------------------------------------------------------------- its end
 
     def _conclude(self) -> Found:
         """Choose the best trial and write ``best.yaml`` and ``search.json``."""
         tables, draining = self.tables, self.draining
-        if tables.unfinished() or len(tables.trials) < self.space.search.trials:
+        if not draining() and (tables.unfinished() or len(tables.trials) < self.space.search.trials):
             draining.ask("interrupted", interrupted=True)  # Tune ended its loop by itself, as it does at SIGUSR1
         state = "interrupted" if draining.interrupted else "failed" if draining.at_once else "finished"
         reason = draining.reason or ALL_ENDED

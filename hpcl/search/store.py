@@ -42,9 +42,12 @@ class PrefixStore:
 
     def rows(self, key: str, last_epoch: int) -> list[dict[str, Any]] | None:
         """Its epochs' rows; None where it is not there, or not up to this epoch."""
-        if not self.checkpoint(key).is_file() or not (self._root / key / TABLE).is_file():
+        if not self.checkpoint(key).is_file():
             return None
-        rows = read_rows(self._root / key / TABLE)
+        try:
+            rows = read_rows(self._root / key / TABLE)
+        except (OSError, ValueError):  # none there, or none that can be read
+            return None
         return rows if rows and rows[-1]["epoch"] == last_epoch else None
 
     def publish(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -52,9 +55,14 @@ class PrefixStore:
         work = self.work(key)
         write_table(work / TABLE, rows, epoch_schema())
         with writing(work):
+            if self.rows(key, rows[-1]["epoch"]) is not None:
+                shutil.rmtree(work, ignore_errors=True)
+                return
+            # What lies there and is not complete was made by hand, or copied in part.
+            shutil.rmtree(self._root / key, ignore_errors=True)
             try:
                 work.rename(self._root / key)
             except OSError:
-                if not self.checkpoint(key).is_file():
+                if self.rows(key, rows[-1]["epoch"]) is None:
                     raise
                 shutil.rmtree(work, ignore_errors=True)

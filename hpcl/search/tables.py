@@ -92,6 +92,10 @@ class Tables:
             self._happened("trial", trial=trial_id, number=number, values=dict(values), optuna=optuna)
         return self._row_of(trial_id)
 
+    def retold(self, trial_id: str, optuna: int) -> None:
+        """A trial that Optuna had been told as ended goes on under another number of its study."""
+        self._happened("retold", trial=trial_id, optuna=optuna)
+
     def fork(self, trial_id: str, prefix: str) -> None:
         """A trial or prefix goes on from a prefix, whose rows become its first rows if it has none yet."""
         if not self.newest(trial_id):
@@ -148,6 +152,8 @@ class Tables:
             self.sessions.append(dict(event))
         elif kind == "trial":
             self._take_trial(event)
+        elif kind == "retold":
+            self.optuna[event["trial"]] = event["optuna"]
         elif kind == "fork":
             for row in self.prefix_rows(event["prefix"]):
                 self._take_row(event["trial"], {**row, "shared": True})

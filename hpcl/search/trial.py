@@ -72,6 +72,7 @@ def run_trial(given: dict[str, Any], job: Job) -> None:
     before = read_error(folder)
     (folder / ERROR_FILE).unlink(missing_ok=True)
     newest = 0
+    config: Config | None = None
 
     def report(row: Row) -> None:
         nonlocal newest
@@ -94,7 +95,7 @@ def run_trial(given: dict[str, Any], job: Job) -> None:
         write_error(folder, error, newest)
         tune.report({"state": "failed"})
     except Exception as error:
-        advice = out_of_memory_advice(error, config, job.gpus)
+        advice = out_of_memory_advice(error, config, job.gpus) if config else None
         write_error(folder, UserError(advice) if advice else error, newest)
         if advice is None and not (before and repeated(first_line(error), before[0], newest, before[1])):
             raise
