@@ -184,7 +184,7 @@ def test_startup() -> None:
 def test_the_plan_of_a_shipped_space() -> None:
     space = spaces.load(SPACES / "clusters.yaml")
     plan = make_plan(space, [Node(2)], cluster="this machine", folder=Path("results/clusters"))
-    assert (plan.concurrency.trials, plan.fork, plan.rungs) == (2, 3, (10, 17))
+    assert (plan.concurrency.trials, plan.fork, plan.rungs) == (2, 3, (8, 13))
     assert plan.epochs_at_most == 320 - 15 * 3  # stage 1 once
     assert 3 + 16 * 5 < plan.epochs_expected < plan.epochs_at_most
     assert plan.notes == ()
@@ -192,7 +192,7 @@ def test_the_plan_of_a_shipped_space() -> None:
     for part in (
         "clusters.multiplier      1.2 .. 3 ",
         "stage 1 (3 epochs) is trained once, not 16 times: saves 45 of 320 epochs (14 % of the CPU-hours) and 13 %",
-        "epoch 10, 17 of 20; about 1 in 2",
+        "epoch 8, 13 of 20; about 1 in 2",
         "2 trials of 1 worker of 1 CPU (for this machine: 2 CPUs, 0 GPUs)",
         "at most 275, expected about ",
         "results/clusters",
@@ -211,7 +211,7 @@ def test_the_plan_of_a_shipped_space() -> None:
 
 def test_the_rungs_in_the_space_files_are_those_of_the_plan() -> None:
     for name, rungs in {
-        "clusters": (10, 17), "stages": (8, 16), "losses": (8, 16), "full": (8, 16), "smoke": (3, 5),
+        "clusters": (8, 13), "stages": (8, 16), "losses": (8, 16), "full": (8, 16), "smoke": (3, 5),
     }.items():  # fmt: skip
         assert plan_of(spaces.load(SPACES / f"{name}.yaml")).rungs == rungs
         comment = (SPACES / f"{name}.yaml").read_text().partition("factor:")[2].partition("\n")[0]
@@ -221,8 +221,8 @@ def test_the_rungs_in_the_space_files_are_those_of_the_plan() -> None:
 def test_without_sharing_rungs_and_epochs_count_from_the_start() -> None:
     space = spaces.load(SPACES / "clusters.yaml")
     plan = plan_of(spaces.apply_overrides(space, ["search.share_prefix=false"]))
-    assert (plan.prefixes, plan.rungs, plan.epochs_at_most) == (None, (7, 14), 320)
-    assert plan.epochs_expected == pytest.approx(expected_work(16, 20, [7, 14], 2))
+    assert (plan.prefixes, plan.rungs, plan.epochs_at_most) == (None, (5, 10), 320)
+    assert plan.epochs_expected == pytest.approx(expected_work(16, 20, [5, 10], 2))
     assert "nothing (search.share_prefix is false)" in render(plan)
     assert "nothing: moco.temperature acts from stage 1 on" in render(plan_of(spaces.load(SPACES / "losses.yaml")))
 

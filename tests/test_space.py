@@ -383,9 +383,9 @@ def test_flags() -> None:
     assert changed.base.data.source == "2024"
     assert (changed.search.trials, changed.search.seed, changed.base.seed) == (3, 9, 9)
     assert (changed.resources.workers, changed.resources.gpus_per_worker) == (2, 1)
-    assert (changed.epochs, changed.search.grace) == (40, 14)  # the first rung keeps its place in the schedule
+    assert (changed.epochs, changed.search.grace) == (40, 10)  # the first rung keeps its place in the schedule
     assert stage_lengths(changed.base.stages) == (6, 1, 13, 1, 19)
-    for epochs, grace in ((5, 2), (10, 4), (7, 2)):
+    for epochs, grace in ((5, 1), (10, 2), (7, 2)):
         assert spaces.with_overrides(space, epochs=epochs).search.grace == grace
     for flags, start in (
         ({"trials": 0}, "--trials 0: search.trials is 0, but must be >= 1"),
