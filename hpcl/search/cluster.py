@@ -87,10 +87,12 @@ def connected(address: str | None = None, *, workers: int = 1) -> Iterator[list[
             ray.init(**options)
         except SystemExit as error:  # Ray's own answer to SIGTERM
             raise KeyboardInterrupt from error
-        except (OSError, ValueError) as error:  # a ConnectionError is an OSError
-            if address is None:
-                raise
+        except Exception as error:  # Ray raises many kinds, plain Exception among them
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if address is None:
+                raise UserError(
+                    f"Ray did not start on this machine ({reason}); nothing was changed, give the command again"
+                ) from error
             raise UserError(f"--address {address}: no Ray cluster answers there ({reason})") from None
     try:
         yield _nodes()

@@ -69,6 +69,8 @@ def run(
     with interruptible():
         space = with_full_path(space)
         choice = choose_folder(space, name, Path(results), fresh=fresh)
+        if name is None and not (fresh or choice.resume) and choice.folder.name != space.name:
+            say(f"the search {space.name} has ended; this is a new one beside it: {choice.folder.name}")
         data_hash = NO_DATA
         if backbone is None and (problems := backbone_problems(space)):
             raise UserError(*problems)
