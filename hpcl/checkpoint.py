@@ -1,13 +1,17 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-One file, ``checkpoint.pt``, replaced atomically after the growth decision of every
-epoch. It holds tensors and plain values only and is read with
+``checkpoint.pt`` is replaced atomically after the growth decision of every epoch, and
+the one before stays beside it as ``checkpoint-previous.pt`` until the run ends: a file
+that broke afterwards (cut off, or with bytes that flipped) is found out when it is read,
+and costs one epoch. Both hold tensors and plain values only and are read with
 ``weights_only=True``, so that loading one runs no code.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +28,70 @@ FORMAT = 1
 """Raised when the content changes so that older files no longer fit."""
 
 
+class UnreadableCheckpoint(UserError):
+    """A checkpoint file that is damaged, or of another kind."""
+
+
+def previous_of(path: Path) -> Path:
+    """Where :func:`save_checkpoint` keeps the checkpoint before `path`: ``<stem>-previous<suffix>`` beside it."""
+    return path.with_stem(f"{path.stem}-previous")
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a run's state atomically: a crash leaves the previous file as it was."""
-    save_tensors(path, {"format": FORMAT, **state})
+    """Write a run's state; the file that was there stays beside it as :func:`previous_of`.
+
+    A crash at any moment leaves a whole file under one of the two names, and under `path`
+    itself wherever the file system has hard links. One that fails leaves both as they were.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    _write(path, {"format": FORMAT, **state}, keep=previous_of(path))
 
 
 def save_tensors(path: Path, value: Any) -> None:
     """``torch.save``, atomically.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        StorageError: the disk is full, or the folder cannot be written.
     """
+    _write(path, value)
+
+
+def _write(path: Path, value: Any, keep: Path | None = None) -> None:
     content = io.BytesIO()  # torch's own writer raises a RuntimeError where the disk is full
     torch.save(value, content)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():  # the new one is on the disk now
+            keep.unlink(missing_ok=True)
+            try:
+                os.link(path, keep)
+            except OSError:  # no hard links here
+                os.replace(path, keep)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint file, on the CPU.
 
     Raises:
-        UserError: there is no such file, or it is not a checkpoint of this project.
+        UnreadableCheckpoint: it is damaged, or no checkpoint.
+        UserError: there is no such file, or another version wrote it.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the {CHECKPOINT_NAME} of a run or trial folder")
     try:
+        _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not one of its own
-        raise UserError(
-            f"{path}: not a readable checkpoint (another kind of file, or damaged); "
+    except MemoryError:
+        raise
+    except Exception as error:  # many kinds, for a file that is damaged or not one of torch's
+        why = error if isinstance(error, OSError) else "another kind of file, or damaged"
+        raise UnreadableCheckpoint(
+            f"{path}: not a readable checkpoint ({why}); "
             f"give the {CHECKPOINT_NAME} of a run or trial folder, or another folder"
         ) from error
     if not isinstance(state, dict) or "format" not in state:
@@ -61,6 +99,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if state["format"] != FORMAT:
         raise UserError(f"{path}: written in format {state['format']}, this version reads format {FORMAT}")
     return state
+
+
+def _verify(path: Path) -> None:
+    """Compare a file of ``torch.save`` with the checksums in it, which ``torch.load`` passes over.
+
+    Raises:
+        Exception: of some kind, where a byte differs in what is read of it.
+    """
+    with zipfile.ZipFile(path) as file:
+        members = file.infolist()
+        # Never compressed: what claims to hold more than the file is no checkpoint, and may be more than memory holds.
+        if sum(member.file_size for member in members) > path.stat().st_size or any(m.external_attr for m in members):
+            raise zipfile.BadZipFile("not as torch.save writes it")
+        if damaged := file.testzip():
+            raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
 
 
 def config_of(state: dict[str, Any]) -> Config:

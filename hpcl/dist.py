@@ -99,13 +99,33 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
+_joined = False
+"""Whether this process's group was made here."""
+
+
 def current_world(device: str = "auto") -> World:
-    """The world of this process: a process group if one exists or torchrun announced one, else alone."""
+    """The world of this process: a process group if one exists or torchrun announced one, else alone.
+
+    A group that is made here stays for the runs that follow, until :func:`leave_world`.
+    """
+    global _joined
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # else every rank also opens the first GPU, and barriers guess
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        _joined = True
     if dist.is_available() and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), chosen)
     return World(0, 1, chosen)
+
+
+def leave_world() -> None:
+    """End the process group that :func:`current_world` made, if any; for a process that trains no more.
+
+    Not after an error: other ranks may wait for this one, and learn of it by its end.
+    """
+    global _joined
+    if _joined and dist.is_initialized():
+        dist.destroy_process_group()
+    _joined = False

@@ -18,15 +18,18 @@ class RunLog:
         """Open the files; events from `first_epoch` on replace those of an interrupted epoch.
 
         Raises:
-            UserError: the folder cannot be written.
+            StorageError: the folder cannot be written.
         """
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         self._folder = folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-            self._events = SummaryWriter(str(folder), purge_step=first_epoch)
+            # Not its SummaryWriter: that writes in a thread of its own, which does not outlive a full disk.
+            self._events = EventsWriter(str(folder / "events"), f".{first_epoch}")
+            self._event(first_epoch, session_log=SessionLog(status=SessionLog.START))
 
     def say(self, text: str) -> None:
         """One line with the time in front."""
@@ -36,16 +39,22 @@ class RunLog:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Record the newest row; `rows` are all rows of the run so far."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
         row = rows[-1]
         self.say(describe_epoch(row))
-        with writing(self._folder):
-            for name in _CHARTS:
-                value = row.get(name)
-                if value is not None:
-                    self._events.add_scalar(name, value, row["epoch"])
-            self._events.flush()
+        points = {name: row[name] for name in _CHARTS if row.get(name) is not None}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in points.items()]
+        self._event(row["epoch"], summary=Summary(value=values))
         named = [{**r, "trial_id": self._folder.name} for r in rows]
         write_table(self._folder / "epochs.parquet", named, epoch_schema())
+
+    def _event(self, epoch: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with writing(self._folder):
+            self._events.write_event(Event(wall_time=time.time(), step=epoch, **content))
+            self._events.flush()
 
     def close(self) -> None:
         """Close the files; safe to call twice."""
@@ -73,6 +82,8 @@ def describe_epoch(row: dict[str, Any]) -> str:
     ]
     if row.get("state") == "diverged":
         parts.append("DIVERGED: the loss is not finite")
+    if row.get("note"):
+        parts.append(row["note"])
     if row.get("growth_reason"):
         parts.append(("grows: " if row.get("grew") else "keeps: ") + row["growth_reason"])
     return "  ".join(parts)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcl import metrics
-from hpcl.checkpoint import CHECKPOINT_NAME, save_checkpoint
+from hpcl.checkpoint import CHECKPOINT_NAME, previous_of, save_checkpoint
 from hpcl.config import Config
 from hpcl.data import DeviceImages, load
 from hpcl.data_rules import data_problems
@@ -36,8 +36,8 @@ from hpcl.kmeans import nearest_centroid_search
 from hpcl.meters import RunMeters
 from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
 from hpcl.prototypes import Level
-from hpcl.results import write_text
-from hpcl.resume import forked_state, own_state
+from hpcl.results import refuse_links, write_text, writing
+from hpcl.resume import Start, find_start
 from hpcl.rng import generator, seed_of
 from hpcl.runlog import RunLog
 from hpcl.stages import StagePlan, learning_rate, make_plan, stage_at, total_epochs
@@ -152,29 +152,36 @@ class Trainer:
                     f"until_stage is {until_stage}, but must end after the first epoch and before the last one "
                     f"(that would be after epoch {end} of {self.total_epochs})"
                 )
-        forked = self._load(fork)
+        refuse_links(self.folder)
+        start = self._load(fork)
+        checkpoint = self.folder / CHECKPOINT_NAME
         log = RunLog(self.folder, len(self.rows) + 1) if self.world.rank == 0 else None
         try:
             if log:
                 log.say(self.data.describe())
                 write_text(self.folder / "config.yaml", dump(self.config))
-            if log and forked:  # from here on the run needs its prefix no more
-                log.say(f"epochs 1 to {len(self.rows)} are those of {fork}")
+            if log and start:
+                for line in start.told(self.world.size):
+                    log.say(line)
+            if log and start and start.forked:  # from here on the run needs its prefix no more
                 log.add(self.rows)
-                save_checkpoint(self.folder / CHECKPOINT_NAME, self._state())
-            if self.rows:  # the last report may have been lost with the process that made it
-                report(self.rows[-1])
+                save_checkpoint(checkpoint, self._state())
+            if start:  # the last report may have been lost with the process that made it
+                report(self.rows[-1] | ({"note": start.note} if start.note else {}))
             for epoch in range(len(self.rows) + 1, end + 1):
                 row = self.train_one_epoch(epoch)
                 self.rows.append(row)
                 if log:  # the checkpoint last: what a crash leaves half written is then written again
                     log.add(self.rows)
                 if log and row["state"] != "diverged":
-                    save_checkpoint(self.folder / CHECKPOINT_NAME, self._state())
+                    save_checkpoint(checkpoint, self._state())
                 self.world.barrier()
                 report(row)
                 if row["state"] == "diverged":
                     break
+            if log:
+                with writing(self.folder):
+                    previous_of(checkpoint).unlink(missing_ok=True)
         finally:
             if log:
                 log.close()
@@ -351,19 +358,19 @@ class Trainer:
             "rows": self.rows,
         }
 
-    def _load(self, fork: Path | None) -> bool:
-        """Load the folder's checkpoint, else the one to fork from, if any; tells whether it forked."""
-        own = self.folder / CHECKPOINT_NAME
-        path = own if own.exists() else fork
-        if path is None:
-            return False
-        state = (own_state if path is own else forked_state)(path, self._state(), self.config)
+    def _load(self, fork: Path | None) -> Start | None:
+        """Load the folder's checkpoint, else the one to fork from, if any."""
+        start = find_start(self.folder, fork, self._state(), self.config, self.world)
+        if start is None:
+            return None
+        state = start.state
         try:
             self.pair.load_state_dict(state["pair"])
         except RuntimeError as error:  # only a backbone given in Python can differ under an equal configuration
             ours = self._backbone_name or self.config.model.backbone
             raise UserError(
-                f"{path}: belongs to a run with another backbone than this {ours}; give its backbone, or another folder"
+                f"{start.path}: belongs to a run with another backbone than this {ours}; give its backbone, "
+                "or another folder"
             ) from error
         self.queue.load_state_dict(state["queue"])
         self.policy.load_state_dict(state["growth"])
@@ -372,7 +379,7 @@ class Trainer:
         self.rows = state["rows"]
         self._prepare(stage_at(self.plan, len(self.rows)))
         self._optimizer.load_state_dict(state["optimizer"])
-        return path is fork
+        return start._replace(state={"rows": self.rows})  # the rest is not kept for the run's life
 
 
 def _describe(levels: list[Level], previous: Tensor | None) -> Row:

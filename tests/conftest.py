@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 # One thread: results are then the same on every machine of a kind, and tests side by
@@ -46,3 +47,12 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def tiny() -> Config:
     return Config.model_validate(TINY)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The tiny run, start to end, in this process: its folder and its rows. Not to be written to."""
+    from hpcl.trainer import fit
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, fit(Config.model_validate(TINY), folder).rows

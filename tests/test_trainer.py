@@ -1,11 +1,8 @@
-"""The training loop: exactness by seed, resume, frozen stages, ranks, and all options in turn."""
+"""The training loop: exactness by seed, frozen stages, divergence, and all options in turn."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import NUM_IMAGES, timeless
 
 from hpcl.checkpoint import load_checkpoint
 from hpcl.config import Config
-from hpcl.data import DeviceImages, load
-from hpcl.dist import World
 from hpcl.errors import UserError
-from hpcl.features import FeaturePass
 from hpcl.kmeans import size_bounds
-from hpcl.model import build_network
-from hpcl.results import EPOCH_COLUMNS, TIME_COLUMNS, read_rows
+from hpcl.results import EPOCH_COLUMNS, read_rows
 from hpcl.step import Step
-from hpcl.trainer import Trainer, fit
+from hpcl.trainer import fit
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
-NUM_IMAGES = 405
-"""Training images of the tiny run: a tenth of what two held-out tenths leave of 5,000."""
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["hpcl.trainer", "tensorboardX", "faiss", "torch.distributed"])
-
-
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without the columns that differ between two runs of one seed."""
-    return [{name: value for name, value in row.items() if name not in TIME_COLUMNS} for row in rows]
-
-
-def run_in_process(target: Any, *arguments: Any) -> int:
-    """Exit code of a function run in a process of its own."""
-    process = FORKS.Process(target=target, args=arguments)
-    process.start()
-    process.join(200)
-    assert process.exitcode is not None, "the process hangs"
-    return process.exitcode
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The tiny run, start to end, in this process."""
-    from conftest import TINY
-
-    folder = tmp_path_factory.mktemp("unbroken")
-    return folder, fit(Config.model_validate(TINY), folder).rows
 
 
 def test_rows_tell_the_five_stages(unbroken: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -98,32 +65,6 @@ def test_another_seed_gives_another_run(
     assert other.rows[0]["loss"] != unbroken[1][0]["loss"]
 
 
-def _die_after(epoch: int, folder: Path, config: Config) -> None:
-    def report(row: dict[str, Any]) -> None:
-        if row["epoch"] == epoch:
-            os._exit(9)
-
-    fit(config, folder, report=report)
-
-
-def test_a_run_killed_after_each_epoch_equals_an_unbroken_one(
-    unbroken: tuple[Path, list[dict[str, Any]]], tiny: Config, tmp_path: Path
-) -> None:
-    for epoch in range(1, 9):
-        assert run_in_process(_die_after, epoch, tmp_path, tiny) == 9
-        assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == epoch
-    rows = fit(tiny, tmp_path).rows
-    assert timeless(rows) == timeless(unbroken[1])
-    assert timeless(read_rows(tmp_path / "epochs.parquet"))[0]["loss"] == rows[0]["loss"]
-
-
-def test_resuming_reports_the_last_row_again(tiny: Config, tmp_path: Path) -> None:
-    seen: list[int] = []
-    fit(tiny, tmp_path, report=lambda row: seen.append(row["epoch"]))
-    fit(tiny, tmp_path, report=lambda row: seen.append(row["epoch"]))
-    assert seen == [*range(1, 9), 8]
-
-
 def test_the_encoder_is_bit_identical_over_stage_2(tiny: Config, tmp_path: Path) -> None:
     states: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -164,52 +105,6 @@ def test_features_that_are_not_finite_after_the_last_step_are_a_divergence(
     last = fit(tiny, tmp_path).rows[-1]
     assert (last["epoch"], last["state"], last["loss"], last.get("objective")) == (8, "diverged", None, None)
     assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == 7
-
-
-def test_a_run_killed_while_it_writes_its_last_epoch_ends_with_a_whole_table(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    for name in ("hpcl.runlog.write_table", "hpcl.trainer.save_checkpoint"):
-        with monkeypatch.context() as patch:
-            report = lambda row: patch.setattr(name, killed) if row["epoch"] == 4 else None  # noqa: B023, E731
-            with pytest.raises(KeyboardInterrupt):
-                fit(tiny.with_values({"stages.total": 5}), tmp_path / name, report=report)
-        rows = fit(tiny.with_values({"stages.total": 5}), tmp_path / name).rows
-        assert [row["epoch"] for row in read_rows(tmp_path / name / "epochs.parquet")] == [1, 2, 3, 4, 5]
-        assert rows[-1]["state"] == "finished"
-
-
-def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tiny: Config, tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(row: dict[str, Any]) -> None:
-        if (
-            row["epoch"] == 2
-        ):  # from here on a write beyond so many bytes fails: the table fits, the checkpoint does not
-            resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, limits[1]))
-
-    try:
-        with pytest.raises(UserError, match=r"checkpoint.pt: cannot be written \(.*\); free space there"):
-            fit(tiny, tmp_path, report=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == 2
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
-    assert fit(tiny, tmp_path).rows[-1]["state"] == "finished"
-
-
-def test_a_folder_of_another_run_is_refused(tiny: Config, tmp_path: Path) -> None:
-    short = tiny.with_values({"stages.total": 5})
-    fit(short, tmp_path)
-    with pytest.raises(UserError, match=r"another configuration \(it differs at clusters\.first\)"):
-        fit(short.with_values({"clusters.first": 3}), tmp_path)
-    other = short.with_values({"runtime.threads": None})  # where it runs is no part of what it is
-    assert len(fit(other, tmp_path).rows) == 5
-    with pytest.raises(UserError, match="another backbone than this Sequential"):
-        fit(short, tmp_path, backbone=_dropping)
 
 
 def test_settings_that_do_not_fit_the_data_are_all_named(tiny: Config, tmp_path: Path) -> None:
@@ -293,63 +188,6 @@ def test_unlabelled_images_train_without_what_needs_labels(
     assert rows[-1]["state"] == "finished"
     assert {(row["knn"], row.get("objective")) for row in rows} == {(None, None)}
     assert all(row["acc_proto_ref"] is not None for row in rows)
-
-
-def test_a_rank_without_a_row_of_its_own_takes_part(tiny: Config) -> None:
-    class Second(World):  # of two ranks; only one row to share
-        def gather_shards(self, x: torch.Tensor, count: int) -> torch.Tensor:
-            return x
-
-    data, world = load(tiny.data), Second(1, 2, torch.device("cpu"))
-    passes = FeaturePass(DeviceImages(data, "cpu"), world, torch.float32)
-    network = build_network(tiny.model, tiny.head, 1, 0)
-    assert [len(part) for part in passes.of_images(network, data.val[:1], use_head=True)] == [0, 0, 0]
-
-
-def _train_rank(rank: int, size: int, folder: Path, config: Config) -> None:
-    """One of `size` gloo processes; rank 0 writes its rows."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
-    trainer = Trainer(config, folder / f"ranks{size}", objective="auto")
-    trainer.run(lambda row: None)
-    if rank == 0:
-        (folder / f"rows{size}.json").write_text(json.dumps(trainer.rows))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("precision", "rtol", "changes"),
-    [
-        ("fp64", 1e-9, {"moco.shuffle_keys": False, "stages.total": 6}),
-        ("fp64", 1e-9, {"moco.symmetric": True, "head.attach": "replace", "stages.total": 5}),
-        ("fp32", 1e-4, {"moco.shuffle_keys": False}),
-    ],
-)
-def test_two_ranks_equal_one_with_two_batchnorm_splits(
-    tiny: Config, tmp_path: Path, precision: str, rtol: float, changes: dict[str, Any]
-) -> None:
-    shared = {"runtime.precision": precision, **changes}
-    if precision == "fp32":  # rounding grows with every step: three epochs, one switch
-        shared |= {"stages.total": None} | {f"stages.stage{s}.epochs": e for s, e in enumerate((1, 1, 1, 0, 0), 1)}
-    workers = [
-        FORKS.Process(target=_train_rank, args=(rank, 2, tmp_path, tiny.with_values(shared))) for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(200)
-        assert worker.exitcode == 0
-    two = json.loads((tmp_path / "rows2.json").read_text())
-    one = fit(tiny.with_values({**shared, "model.bn_splits": 2}), tmp_path / "one").rows
-    assert [row["world_size"] for row in two] == [2] * len(one)
-    for ours, theirs in zip(two, one, strict=True):
-        for name in ("stage", "clusters", "grew", "growth_reason", "size_min", "size_max"):
-            assert ours.get(name) == theirs.get(name), name
-        for name in ("loss", "loss_inst", "loss_proto", "acc_inst", "acc_proto", "nce_ref", "proto_bits"):
-            expected = theirs[name]
-            assert ours[name] == (expected and pytest.approx(expected, rel=rtol, abs=rtol)), name
 
 
 def test_the_golden_curve(unbroken: tuple[Path, list[dict[str, Any]]]) -> None:

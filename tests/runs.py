@@ -1,0 +1,48 @@
+"""What tests of training runs share: the tiny run's facts, processes of their own, rows and events to compare."""
+
+from __future__ import annotations
+
+import multiprocessing
+import struct
+from pathlib import Path
+from typing import Any
+
+from hpcl.results import TIME_COLUMNS
+
+NUM_IMAGES = 405
+"""Training images of the tiny run: a tenth of what two held-out tenths leave of 5,000."""
+
+FORKS = multiprocessing.get_context("forkserver")
+# What every run imports; torch._dynamo comes with the first optimizer and takes longest.
+FORKS.set_forkserver_preload(["hpcl.trainer", "tensorboardX", "faiss", "torch.distributed", "torch._dynamo"])
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the columns that differ between two runs of one seed."""
+    return [{name: value for name, value in row.items() if name not in TIME_COLUMNS} for row in rows]
+
+
+def run_in_process(target: Any, *arguments: Any) -> int:
+    """Exit code of a function run in a process of its own."""
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    process.join(200)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    """(epoch, value) of one chart as TensorBoard shows it: a file's first step takes back what older files have."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    points: list[tuple[int, float]] = []
+    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack_from("Q", content)
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                points = [point for point in points if point[0] < event.step]
+            points += [(event.step, value.simple_value) for value in event.summary.value if value.tag == name]
+    return points
