@@ -1,4 +1,4 @@
-"""The command line: ``hpcl train | knn | export | search | status | retrain``.
+"""The command line: ``hpcl train | knn | export | search | status | retrain | doctor``.
 
 Torch is imported inside the commands that need it, so that ``--help`` answers at once.
 A mistake of the user is printed without a traceback and ends with exit code 2.
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from hpcl.errors import UserError
+from hpcl.errors import UserError, harmless
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -25,7 +25,7 @@ def _hpcl() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="Configuration (YAML), for example a search's best.yaml.")],
+    config: Annotated[str, typer.Argument(help="Configuration (YAML), for example a search's best.yaml.")],
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -39,12 +39,14 @@ def train(
     """Train one configuration, without ray; the same command resumes an interrupted run."""
     from hpcl.yamlio import load_config_with
 
-    chosen = load_config_with(config, sets or [], data=data, epochs=epochs)
-    named_by = config.resolve().parent.name if config.name == "best.yaml" else config.stem
+    file = _here(config)
+    chosen = load_config_with(file, sets or [], data=data, epochs=epochs)
+    named_by = file.resolve().parent.name if file.name == "best.yaml" else file.stem
     out = folder or Path("runs") / named_by
 
     from hpcl.checkpoint import CHECKPOINT_NAME
     from hpcl.data import load
+    from hpcl.dist import leave_world
     from hpcl.runlog import describe_epoch
     from hpcl.trainer import fit
 
@@ -52,11 +54,12 @@ def train(
 
     def say(text: str) -> None:
         if leads:
-            print(text, flush=True)
+            print(harmless(text), flush=True)
 
     say(load(chosen.data).describe())
     say(f"{'going on in' if (out / CHECKPOINT_NAME).exists() else 'run folder'}: {out}")
     run = fit(chosen, out, report=lambda row: say(describe_epoch(row)))
+    leave_world()
     last = run.rows[-1]
     if last["state"] == "diverged":
         say(f"diverged in epoch {last['epoch']}: the loss is not finite; lower the learning rates (stages.*.lr)")
@@ -71,7 +74,7 @@ def train(
 
 @app.command()
 def knn(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.pt of a run or trial folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint.pt of a run or trial folder.")],
     split: Annotated[str, typer.Option(help="Images to classify: val or test.")] = "test",
     k: Annotated[int, typer.Option(min=1, help="Neighbours.")] = 200,
     temperature: Annotated[float, typer.Option(help="Temperature of the vote, above 0.")] = 0.1,
@@ -85,9 +88,9 @@ def knn(
     from hpcl.pretrained import knn_of_checkpoint
 
     part: Literal["val", "test"] = "val" if split == "val" else "test"
-    accuracy, images = knn_of_checkpoint(checkpoint, part, k=k, temperature=temperature, data=data)
+    accuracy, images = knn_of_checkpoint(_here(checkpoint), part, k=k, temperature=temperature, data=data)
     count = len(images.val if part == "val" else images.test)
-    print(images.describe())
+    print(harmless(images.describe()))
     print(
         f"kNN accuracy {accuracy:.4f} on {count} {part} images (k = {min(k, len(images.train))}, T = {temperature:g})"
     )
@@ -95,7 +98,7 @@ def knn(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.pt of a run or trial folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint.pt of a run or trial folder.")],
     out: Annotated[Path, typer.Argument(help="File for the backbone's state dict.")],
     side: Annotated[str, typer.Option(help="query (trained) or key (its moving average).")] = "query",
 ) -> None:
@@ -104,8 +107,9 @@ def export(
         raise UserError(f"--side is {side}, but must be query or key")
     from hpcl.pretrained import export_backbone
 
-    backbone, names = export_backbone(checkpoint, out, "query" if side == "query" else "key")
-    print(f"{out}: state dict of the {backbone} without an fc, {len(names)} tensors, {names[0]} to {names[-1]}")
+    backbone, names = export_backbone(_here(checkpoint), out, "query" if side == "query" else "key")
+    shown = harmless(f"the {backbone} without an fc, {len(names)} tensors, {names[0]} to {names[-1]}")
+    print(f"{out}: state dict of {shown}")
 
 
 @app.command(
@@ -121,7 +125,7 @@ def search(context: typer.Context) -> None:
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(help="Folder of a search, results/<name>; it may be running.")],
+    folder: Annotated[str, typer.Argument(help="Folder of a search, results/<name>, or its URI; it may be running.")],
     watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C.")] = False,
 ) -> None:
     """How a search stands: its trials, the best so far, what is used and left."""
@@ -132,7 +136,7 @@ def status(
 
 @app.command()
 def retrain(
-    folder: Annotated[Path, typer.Argument(help="Folder of a search, results/<name>.")],
+    folder: Annotated[str, typer.Argument(help="Folder of a search, results/<name>, or its URI.")],
     top: Annotated[int, typer.Option(min=1, help="Finished trials, the best ones; the base is retrained besides.")] = 3,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds of their own.")] = 3,
     epochs: Annotated[
@@ -152,6 +156,35 @@ def retrain(
     )
 
 
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(help="Running Ray cluster, such as auto; default: Ray on this machine.")
+    ] = None,
+    results: Annotated[str, typer.Option(help="Folder of all results, or a URI; is it the same on every node?")] = (
+        "results"
+    ),
+    data: Annotated[str | None, typer.Option(help="Images that every node must be able to read.")] = None,
+    space: Annotated[Path | None, typer.Option(help="Space file to plan for what is found; also its images.")] = None,
+) -> None:
+    """Check GPUs, torch, faiss, Ray, storage and all nodes, and say what to do about each fault (then exit code 1)."""
+    from hpcl.search.doctor import main as doctor_main
+
+    raise typer.Exit(doctor_main(address=address, results=results, data=data, space=space))
+
+
+def _here(where: str) -> Path:
+    """A file on this machine; one that lies at a URI is brought."""
+    if "://" not in where:
+        return Path(where)
+    from hpcl.search.places import place
+    from hpcl.search.storage import fetch
+
+    path = place(where)
+    fetch(path.parent, {path.name})
+    return path
+
+
 def main() -> None:
     """Entry point of the ``hpcl`` command."""
     # Threads that wait for one another sleep instead of spinning: with one of 2 cores busy an epoch took 3.6 s
@@ -160,5 +193,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(error, file=sys.stderr)
+        from hpcl.search.places import told
+
+        print(told(error), file=sys.stderr)
         raise SystemExit(2) from None

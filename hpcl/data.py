@@ -1,6 +1,6 @@
 """Images as one memory-mapped array, with labels and fixed train, val and test parts.
 
-A source is decoded once into an Arrow IPC file (see :func:`cache_folder`) and mapped
+A source is decoded once into an Arrow IPC file (see :func:`hpcl.results.cache_folder`) and mapped
 from then on: processes on one machine share one copy, and loading takes milliseconds.
 
 Legend: N images of the source, n images of a batch, C channels (1 or 3), H W height and width.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hpcl import config, sources
 from hpcl.decode import resize
+from hpcl.results import cache_folder
 from hpcl.rng import seed_of
 from hpcl.sources import SPLITS, DataError, Raw, Source
 
@@ -139,11 +140,6 @@ class DeviceImages:
         return held
 
 
-def cache_folder() -> Path:
-    """Where decoded images lie: ``$HPCL_CACHE``, else ``~/.cache/hpcl``."""
-    return Path(os.environ.get("HPCL_CACHE") or Path.home() / ".cache" / "hpcl").expanduser()
-
-
 def load(data: config.Data, cache_dir: str | Path | None = None) -> ImageSet:
     """The images a configuration names, decoded on first use.
 
@@ -156,7 +152,7 @@ def load(data: config.Data, cache_dir: str | Path | None = None) -> ImageSet:
 
     Args:
         data: section `data` of the configuration.
-        cache_dir: folder of decoded images; default :func:`cache_folder`.
+        cache_dir: folder of decoded images; default :func:`hpcl.results.cache_folder`.
 
     Raises:
         DataError: the source does not exist, holds no usable training image, does not fit
@@ -266,7 +262,7 @@ class _Stored:
 
     @staticmethod
     def open(path: Path) -> _Stored | None:
-        """Maps the file; None if it is incomplete or not of this format."""
+        """Maps the file; None if it is incomplete, not of this format, or does not hold what it says."""
         try:
             file = pa.ipc.open_file(pa.memory_map(str(path)))
             metadata = file.schema.metadata or {}
@@ -274,22 +270,38 @@ class _Stored:
                 return None
             facts = json.loads(metadata[b"hpcl"])
             batch = file.get_batch(0)
-        except (pa.ArrowInvalid, OSError, KeyError, ValueError):
+            batch.validate(full=True)
+            count, channels, height, width = facts["shape"]
+            pixels = np.frombuffer(batch.column("image").buffers()[1], dtype=np.uint8)
+            label = batch.column("label")
+
+            def per_channel(name: str) -> Ids:
+                return np.array(batch.column(name).flatten(), dtype=np.int64).reshape(count, channels)
+
+            stored = _Stored(
+                images=pixels[: count * channels * height * width].reshape(count, channels, height, width),
+                labels=None if label.null_count else np.array(label, dtype=np.int64),
+                split=np.array(batch.column("split").indices, dtype=np.int8),
+                sums=per_channel("pixel_sum"),
+                squares=per_channel("pixel_square_sum"),
+                facts=facts,
+            )
+        except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
             return None
-        count, channels, height, width = facts["shape"]
-        pixels = np.frombuffer(batch.column("image").buffers()[1], dtype=np.uint8)
-        label = batch.column("label")
+        return stored if stored.is_sound else None
 
-        def per_channel(name: str) -> Ids:
-            return np.array(batch.column(name).flatten(), dtype=np.int64).reshape(count, channels)
-
-        return _Stored(
-            images=pixels[: count * channels * height * width].reshape(count, channels, height, width),
-            labels=None if label.null_count else np.array(label, dtype=np.int64),
-            split=np.array(batch.column("split").indices, dtype=np.int8),
-            sums=per_channel("pixel_sum"),
-            squares=per_channel("pixel_square_sum"),
-            facts=facts,
+    @property
+    def is_sound(self) -> bool:
+        """Whether labels, parts and facts are such as :func:`_write` writes: a file may be somebody else's."""
+        facts, kinds = self.facts, {"content_hash": str, "fingerprint": str, "classes": list, "skipped": list}
+        if self.images.shape[1] not in (1, 3) or any(type(facts.get(n)) is not kind for n, kind in kinds.items()):
+            return False
+        codes = [(self.split, len(SPLITS))] + [(x, len(facts["classes"])) for x in (self.labels,) if x is not None]
+        return (
+            all(len(x) == len(self.images) > 0 and x.min() >= 0 and x.max() < count for x, count in codes)
+            and all(type(name) is str for name in facts["classes"])
+            and all(type(pair) is list and len(pair) == 2 for pair in facts["skipped"])
+            and type(facts.get("other_files")) is int
         )
 
 
@@ -317,7 +329,7 @@ def _cached(source: Source, size: int | None, folder: Path, stored: _Stored | No
         pixels = resize(stored.images, size)
         raw = Raw(pixels, stored.labels, stored.split, tuple(facts["classes"]), skipped, facts["other_files"])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the images may be for this user alone
         _write(raw, str(source.path or source.kind), source.fingerprint, path)
     except OSError as error:
         raise DataError(

@@ -1,5 +1,9 @@
 """Encoded images to 8-bit pixels: upright, gray or RGB, resized.
 
+Images may come from anybody. Only formats that Pillow decodes itself are read: for EPS it would
+start Ghostscript, which runs what stands in the file. A few bytes may decode to more than memory
+holds: the pixels of one image are bounded, and so are those of all together.
+
 Legend: N images, C channels (1 or 3), H W height and width in pixels.
 """
 
@@ -7,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +22,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hpcl.errors import UserError
+
 _Pixels = npt.NDArray[np.uint8]
 
 _BLOCK = 1024
 """Images held in memory in encoded form at a time."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""What is read, as Pillow names it, whatever a file's name ends with."""
+MOST_PIXELS = 80_000_000
+"""Of one image; Pillow itself warns from 89 million on."""
+MOST_PART = 0.9
+"""Of this machine's memory that all decoded images may take."""
 
 
 @dataclass
@@ -40,7 +53,12 @@ class Item:
 
 
 def decode_all(items: Iterator[Item], size: int | None) -> tuple[list[Item], list[tuple[str, str]], list[_Pixels]]:
-    """Decodes all items on all cores: those kept (without their bytes), those skipped, and the pixels."""
+    """Decodes all items on all cores: those kept (without their bytes), those skipped, and the pixels.
+
+    Raises:
+        UserError: the pixels are more than memory holds.
+    """
+    memory, taken = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0
     kept: list[Item] = []
     skipped: list[tuple[str, str]] = []
     arrays: list[_Pixels] = []
@@ -50,7 +68,8 @@ def decode_all(items: Iterator[Item], size: int | None) -> tuple[list[Item], lis
 
     # Threads, not processes: Pillow decodes outside the interpreter lock, and a fork of a
     # process that already runs torch or Arrow threads may hang.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is below Pillow's
         for block in _blocks(items, _BLOCK):
             parts = [block[i : i + 32] for i in range(0, len(block), 32)]
             for part, results in zip(parts, pool.map(several, parts), strict=True):
@@ -61,6 +80,13 @@ def decode_all(items: Iterator[Item], size: int | None) -> tuple[list[Item], lis
                     else:
                         kept.append(item)
                         arrays.append(result)
+                        taken += result.nbytes
+                        if taken > MOST_PART * memory:
+                            raise UserError(
+                                f"data.source: the first {len(kept):,} images take {taken / 1e9:.1f} GB when they are "
+                                f"decoded, but this machine has {memory / 1e9:.1f} GB of memory; set data.size to a "
+                                "smaller side in pixels, or take fewer images"
+                            )
     return kept, skipped, arrays
 
 
@@ -77,7 +103,12 @@ def decode(content: bytes | Path, size: int | None) -> _Pixels:
     Raises:
         Exception: whatever Pillow's decoders raise for a broken image.
     """
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as opened:
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as opened:
+        if opened.width * opened.height > MOST_PIXELS:
+            raise ValueError(
+                f"has {opened.width}x{opened.height} pixels, but at most {MOST_PIXELS // 10**6} million are decoded; "
+                "make it smaller"
+            )
         opened.load()
         ImageOps.exif_transpose(opened, in_place=True)
         image = _eight_bit(opened)
@@ -109,7 +140,7 @@ def _pixels(item: Item, size: int | None) -> _Pixels | str:
     except MemoryError:
         raise
     except UnidentifiedImageError:  # its text names an object in memory
-        return "is no image that Pillow can read"
+        return f"is no image that is read ({', '.join(FORMATS)})"
     except Exception as error:  # broken files make decoders raise almost anything
         return " ".join(str(error).split())[:200] or type(error).__name__
 

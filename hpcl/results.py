@@ -7,6 +7,7 @@ null, never 0 and never NaN. Nothing here needs torch, ray or optuna.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpcl.errors import UserError
+from hpcl.errors import StorageError, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -157,21 +158,79 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema
         pq.write_table(table, temporary, compression="zstd")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet table as dictionaries."""
+def read_rows(path: Path, schema: pa.Schema | None = None) -> list[dict[str, Any]]:
+    """The rows of a Parquet table as dictionaries.
+
+    Raises:
+        OSError, ValueError: there is none, or its columns are not those of `schema`.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException as error:  # not all of them are one of the two
+        raise ValueError(str(error)) from error
+    if schema is not None and not table.schema.equals(schema):
+        raise ValueError(f"{path}: has other columns than this version's")
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nests too deep") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__}, but must be an object")
+    return content
+
+
+def cache_folder() -> Path:
+    """Where decoded images and copies of remote results lie: ``$HPCL_CACHE``, else ``~/.cache/hpcl``."""
+    return Path(os.environ.get("HPCL_CACHE") or Path.home() / ".cache" / "hpcl").expanduser()
+
+
+def refuse_links(folder: Path) -> None:
+    """See that nothing below a folder is a link: what is written there would go elsewhere.
+
+    A folder that somebody else made may hold some; the folder itself may be one. (What a dashboard of
+    Optuna's leaves when it is killed, ``optuna.journal.lock``, is never written to.)
+
+    Raises:
+        UserError: something is; names the first and where it leads.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink() and not entry.name.endswith(".lock"):
+                    raise UserError(
+                        f"{entry.path}: is a link to {Path(entry.path).readlink()}, but results are written through no "
+                        "link; put a copy of what it leads to in its place, or remove it"
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    refuse_links(Path(entry.path))
+    except OSError:  # nothing there yet, or nothing that can be read: the first write will tell
+        return
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell the user where the disk is full or the folder cannot be written, instead of an OSError."""
+    """Tell the user where the disk is full or the folder cannot be written, instead of an OSError.
+
+    Raises:
+        StorageError: it is so.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); free space there, or give another folder") from error
+        raise StorageError(f"{path}: cannot be written ({error}); free space there, or give another folder") from error
 
 
 @contextmanager
@@ -182,7 +241,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     the old file as it was.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        StorageError: the disk is full, or the folder cannot be written.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hpcl.decode import Item, decode_all, resize
-from hpcl.errors import UserError
+from hpcl.errors import UserError, harmless
 
 SPLITS = ("train", "val", "test")
 """Names of the parts; a part's code is its place here."""
@@ -40,7 +40,10 @@ _SPLIT_CODES = {
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _KINDS = "mnist5k, a folder of images, a Parquet file, a folder of Parquet files, or an Arrow file this project wrote"
 _ROWS = 1024
-"""Parquet rows held in memory in encoded form at a time."""
+"""Parquet rows held in memory in encoded form at a time, at most."""
+_BYTES = 2**31
+"""What those rows may take, should each be as large as all values of its part of the file: a dictionary in
+the file has a value once that may stand in every row."""
 
 _Pixels = npt.NDArray[np.uint8]
 _log = logging.getLogger("hpcl.data")
@@ -134,7 +137,7 @@ def read(source: Source, size: int | None) -> Raw:
     _log.info("reading images from %s", source.path)
     items = _folder_items(source) if source.kind == "folder" else _parquet_items(source)
     kept, skipped, arrays = decode_all(items, size)
-    skipped = [*source.skipped, *skipped]
+    skipped = [(harmless(where), harmless(reason)) for where, reason in (*source.skipped, *skipped)]
     for where, reason in skipped[:5]:
         _log.warning("skipped %s: %s", where, reason)
     if not kept:
@@ -246,7 +249,7 @@ def _parquet_items(source: Source) -> Iterator[Item]:
         try:
             with pq.ParquetFile(file) as table:
                 columns = _checked_columns(table.schema_arrow, file)
-                batches = table.iter_batches(batch_size=_ROWS, columns=columns)
+                batches = table.iter_batches(batch_size=_rows_at_a_time(table.metadata), columns=columns)
                 rows = (row for batch in batches for row in batch.to_pylist())
                 for number, row in enumerate(rows):
                     content, split = row["image"], row.get("split")
@@ -261,6 +264,13 @@ def _parquet_items(source: Source) -> Iterator[Item]:
                     yield Item(f"{file.name} row {number}", content, row.get("label"), code)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"data.source: {file} cannot be read as Parquet ({error}); write it again") from error
+
+
+def _rows_at_a_time(facts: Any) -> int:
+    """Rows to hold at a time, by the metadata of a Parquet file."""
+    groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+    parts: list[int] = [group.column(j).total_uncompressed_size for group in groups for j in range(group.num_columns)]
+    return max(1, min(_ROWS, _BYTES // max([1, *parts])))
 
 
 def _checked_columns(schema: pa.Schema, file: Path) -> list[str]:
@@ -288,11 +298,11 @@ def _class_names(source: Source) -> tuple[str, ...] | None:
             if names is None:
                 features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
                 names = features.get("label", {}).get("names")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise DataError(
                 f"data.source: {file} has class names in its metadata that are not JSON ({error})"
             ) from error
-        if names:
+        if isinstance(names, list) and names:
             return tuple(str(name) for name in names)
     return None
 

@@ -25,8 +25,8 @@ from hpcl.errors import ConfigError
 from hpcl.results import write_text
 from hpcl.validation import Problem, TreePath, field_paths, validation_problems
 
-MAX_DEPTH = 64
-"""Nesting of a YAML file beyond which it is refused."""
+MAX_DEPTH, MAX_BYTES = 64, 64_000
+"""Nesting and size of a YAML file beyond which it is refused: checking one of megabytes takes hours."""
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -105,12 +105,15 @@ def load_tree(path: str | os.PathLike[str]) -> Tree:
     """
     file = Path(path)
     try:
-        data = file.read_bytes()
+        with open(file, "rb") as opened:
+            data = opened.read(MAX_BYTES + 1)
     except FileNotFoundError:
         siblings = [str(p) for p in sorted(file.parent.glob("*.y*ml"))] if file.parent.is_dir() else []
         raise ConfigError(f"{file}: there is no such file{did_you_mean(str(file), siblings)}") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{file}: is larger than {MAX_BYTES // 1000} kB, so it is no configuration or space of ours")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ KINDS = {
     21: "dies",  # the process is lost after epoch 3, once
     22: "nan",  # as plain, but the curve is NaN at epoch 3
     23: "same",  # the same exception before the first epoch, in every trial
+    24: "hangs",  # the process stands still after epoch 3, once
 }
 """Kinds 17 to 21 have no value of the curve before epoch 5, so nothing stops them before."""
 
@@ -80,6 +83,10 @@ def train(
         if kind == "dies" and epoch == 4 and done < 4 and not (folder / "died").exists():
             (folder / "died").touch()
             os._exit(1)
+        if kind == "hangs" and epoch == 4 and not (folder / "hung").exists():
+            (folder / "hung").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(3600)  # this thread may run on for a moment
         value: float | None = curve(config, epoch)
         if kind in ("late", "raises", "diverges", "dies") and epoch < 5:
             value = None

@@ -170,7 +170,7 @@ def test_a_torn_checkpoint_is_not_trained_over(
     whole = (trained / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     assert hpcl(monkeypatch, "train", str(trained / "config.yaml"), "--folder", str(tmp_path)) == 2
-    assert "not a readable checkpoint" in capsys.readouterr().err
+    assert "checkpoint.pt cannot be read" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_checkpoint(

@@ -157,8 +157,9 @@ def test_what_may_differ_is_told_and_let_through(tmp_path: Path) -> None:
     leave(tmp_path / "mine", space_of(), "interrupted")
     changes = {
         "search.trials": 9, "search.max_hours": 1.5, "search.max_gpu_hours": 2.0, "search.max_epochs": 99,
-        "search.max_concurrent": 1, "search.retries": 0, "search.give_up_after": 5,
-        "resources.cpus_per_worker": 0.5, "resources.gpus_per_worker": 0,
+        "search.max_concurrent": 1, "search.ahead": 4, "search.retries": 0, "search.hung_after": 50,
+        "search.give_up_after": 5, "resources.cpus_per_worker": 0.5, "resources.gpus_per_worker": 1,
+        "resources.accelerator_type": "A100",
     }  # fmt: skip
     assert set(changes) == MAY_DIFFER
     choice = choose_folder(space_of(FIELDS, *(f"{k}={v}" for k, v in changes.items())), None, tmp_path)

@@ -51,7 +51,7 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
 def test_damage_in_the_middle_is_said(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     for damage in ("not json", "[1]", '{"no": "event"}'):
-        path.write_text(json.dumps({"event": "note", "text": "a"}) + f"\n{damage}\n")
+        path.write_text(json.dumps({"event": "note", "time": 1.0, "text": "a"}) + f"\n{damage}\n")
         with pytest.raises(UserError, match=r"journal\.jsonl:2: not an event of a search"):
             read_events(path)
     with pytest.raises(UserError, match="no such file"):

@@ -82,8 +82,7 @@ def one_trial(config: dict[str, Any]) -> None:
         work,
         {"folder": str(folder), "epochs": 4},
         workers=2,
-        cpus=CPUS,
-        gpus=0,
+        holds={"CPU": CPUS},
         name=folder.name,
         storage_path=str(folder.parent),
         on_row=on_row,
@@ -95,7 +94,7 @@ def test_a_stop_keeps_the_ranks_for_the_next_trial_and_a_death_frees_them(tmp_pa
     folder = tmp_path / "ranks"
     folder.mkdir()
     tuner = tune.Tuner(
-        tune.with_resources(one_trial, lean.trial_resources(lean.Shape(2, CPUS, 0), 0.01)),
+        tune.with_resources(one_trial, lean.trial_resources(lean.Shape(2, {"CPU": CPUS}), 0.01)),
         param_space={"trial": tune.grid_search([0, 1]), "folder": str(folder)},
         tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=True),
         run_config=tune.RunConfig(
@@ -118,15 +117,14 @@ def test_a_stop_keeps_the_ranks_for_the_next_trial_and_a_death_frees_them(tmp_pa
 
 
 def test_outside_a_trial_rays_own_trainer_runs_and_an_error_of_a_rank_comes_out_as_it_is(tmp_path: Path) -> None:
-    assert lean._trainer_class(lean.Shape(1, CPUS, 0)) is TorchTrainer
+    assert lean._trainer_class(lean.Shape(1, {"CPU": CPUS})) is TorchTrainer
     rows: list[dict[str, Any]] = []
     with pytest.raises(UserError) as caught:
         lean.run_group(
             work,
             {"folder": str(tmp_path), "epochs": 2, "fails": 0},
             workers=1,
-            cpus=CPUS,
-            gpus=0,
+            holds={"CPU": CPUS},
             name="stock",
             storage_path=str(tmp_path),
             on_row=rows.append,
@@ -142,7 +140,7 @@ def test_where_rays_inside_is_another_the_trial_holds_no_place_for_ranks(
 ) -> None:
     from ray.train.v2._internal.execution.controller import TrainController
 
-    shape = lean.Shape(2, 1.0, 1.0)
+    shape = lean.Shape(2, {"CPU": 1.0, "GPU": 1.0})
     held = lean.trial_resources(shape, 0.01)
     assert isinstance(held, tune.PlacementGroupFactory)
     assert held.bundles == [{"CPU": 0.01}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}]

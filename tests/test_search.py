@@ -69,7 +69,7 @@ def test_every_trial_is_there_once_and_trial_zero_is_the_default(found: Found) -
     assert sorted(t["number"] for t in trials) == list(range(16))
     first = next(t for t in trials if t["number"] == 0)
     assert first["config.optimizer.weight_decay"] == 5e-4 and first["config.topk.k"] == 3
-    assert {scripted.KINDS[t["config.model.dim"]] for t in trials} == set(scripted.KINDS.values()) - {"same"}
+    assert {scripted.KINDS[t["config.model.dim"]] for t in trials} == set(scripted.KINDS.values()) - {"same", "hangs"}
     assert [t["trial_id"] for t in trials] == [f"{n:04d}" for n in range(16)]
     assert all((found.folder / "trials" / t["trial_id"]).is_dir() for t in trials)
 
@@ -257,6 +257,23 @@ def knob(config: Any, folder: Path, report: Any, **options: Any) -> None:
     for epoch in range(1, 13):
         row = {"epoch": epoch, "stage": 1, "state": "finished" if epoch == 12 else "running", "seconds": 0.01}
         report(row | {"acc_proto_ref": config.topk.k / 100 + epoch / 1000})
+
+
+def test_a_trial_that_hangs_is_killed_and_goes_on(ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcl.search.hung.LEAST", 3.0)
+    said: list[str] = []
+    space = make("""
+base: {preset: embedded, model: {dim: 24}, stages: {total: 12}}
+space: {optimizer.weight_decay: {float: [1.0e-8, 1.0], log: true}}
+search: {trials: 1, grace: null}
+""")
+    found = hpcl.search.run(space, name="hangs", results=tmp_path, train=scripted.train, say=said.append)
+    (trial,) = found.trials
+    assert (trial["state"], trial["epochs"], trial["retries"]) == ("finished", 12, 1)
+    assert [row["epoch"] for row in found.epochs] == list(range(1, 13))
+    assert "trial 0000 hangs: its process is killed" in said
+    (why,) = (line for line in said if "is tried again" in line)
+    assert why.startswith("trial 0000 broke off and is tried again: it hung: no report for ")
 
 
 def test_a_curve_that_merely_reports_a_field_is_named_once(ray: None, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -40,6 +41,8 @@ CONTINUE, STOP = str(TrialScheduler.CONTINUE), str(TrialScheduler.STOP)
 
 PREFIX = "prefix-"
 """How the ids of shared prefixes begin; they are no trials and no rung asks them."""
+
+_NOT_KEPT = ("_clock", "_ledger", "_draining", "_exhausted")
 
 
 class Ledger(Protocol):
@@ -86,6 +89,7 @@ class StageASHA(AsyncHyperBandScheduler):
         ledger: takes rows, rungs and ends, in this order.
         draining: whether the search is being cut short; a trial then stops after its epoch
             without having ended, so that it can be resumed.
+        exhausted: whether no trial is left to begin.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class StageASHA(AsyncHyperBandScheduler):
         clock: Callable[[str, int], float],
         ledger: Ledger,
         draining: Callable[[], bool] = never,
+        exhausted: Callable[[], bool] = never,
     ) -> None:
         first = total if grace is None else grace
         super().__init__(
@@ -123,7 +128,7 @@ class StageASHA(AsyncHyperBandScheduler):
             bracket._rungs = [(time, {}) for time in reversed(times)]
         self._curve, self._sign = metric, 1.0 if mode == "max" else -1.0
         self._min_peers, self._seed = min_peers, seed
-        self._clock, self._ledger, self._draining = clock, ledger, draining
+        self._clock, self._ledger, self._draining, self._exhausted = clock, ledger, draining, exhausted
         self._over: dict[str, str] = {}
         """Trial id -> the answer to whatever a trial that has ended still reports."""
         self._owed: dict[str, str] = {}
@@ -179,6 +184,24 @@ class StageASHA(AsyncHyperBandScheduler):
             self._take(trial_id, epoch, result)
         return self._over.get(trial_id) or (STOP if self._draining() else CONTINUE)
 
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
+        """The newest trial that waits; besides, frees what Tune keeps of ended trials where no next one comes.
+
+        Tune gives the process of a trial that has ended to this one. Given to the oldest, as
+        Ray's schedulers would have it, it takes the place of a process that is just starting
+        for that one: with short trials a machine that has joined would never get one.
+
+        Tune keeps one trial's process with its place until the search has ended, for a
+        searcher that may still suggest something.
+        """
+        trials = tune_controller.get_trials()  # type: ignore[no-untyped-call]
+        waiting = [trial for trial in trials if trial.status == "PENDING"]
+        chosen = waiting[-1] if waiting else None
+        if chosen is None and self._exhausted():
+            with suppress(AttributeError):  # inside Ray; kept a while longer where it looks different
+                tune_controller._tune_controller._cleanup_cached_actors(force_all=True)  # type: ignore[attr-defined]
+        return chosen
+
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
         """Nothing: unlike Ray's, a last row is not written into a rung it was not asked at."""
 
@@ -187,7 +210,7 @@ class StageASHA(AsyncHyperBandScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its settings and never reads them here; an open ledger could not be pickled."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_clock", "_ledger", "_draining")}
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_KEPT}
 
     def _take(self, trial_id: str, epoch: int, result: dict[str, Any]) -> None:
         """Write a row to the ledger, then what follows from it.

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcl.errors import UserError
+from hpcl.errors import UserError, harmless
+from hpcl.search.places import told
 
 if TYPE_CHECKING:
     from hpcl.search.space import Space
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     0: a best configuration was found; 1: no trial finished, or all failed alike; 2: a mistake of
-    the user; 130: interrupted (Ctrl-C or SIGTERM).
+    the user; 3: results could not be written any more; 130: interrupted (Ctrl-C or SIGTERM).
     """
     options = _parser().parse_args(argv)
     try:
@@ -39,17 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             warm_from=options.warm_from,
         )
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     from hpcl.search.found import summary
 
-    print(summary(space, found), flush=True)
-    if found.interrupted:
-        return INTERRUPTED
-    return 0 if found.best_trial is not None and found.state == "finished" else 1
+    print(harmless(summary(space, found)), flush=True)
+    return found.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,15 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", help="name of the results folder; default: the space's name")
     add(
         "--results",
-        type=Path,
-        default=Path("results"),
+        default="results",
         metavar="FOLDER",
-        help="folder of all results (default: %(default)s)",
+        help="folder of all results, or a URI such as s3://bucket/results (default: %(default)s)",
     )
     add("--fresh", action="store_true", help="start beside a search of this name instead of going on with it")
     add(
         "--warm-from",
-        type=Path,
         nargs="+",
         default=[],
         metavar="FOLDER",
@@ -142,5 +139,5 @@ def _dry_run(space: Space, options: argparse.Namespace) -> int:
         resumes=choice.resume,
         measured=measured,
     )
-    print(render(plan))
+    print(harmless(render(plan)))
     return 0

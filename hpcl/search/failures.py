@@ -8,6 +8,7 @@ Nothing here needs torch or ray; their errors are known by name.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from hpcl.config import Config
@@ -25,7 +26,15 @@ _MASKED = re.compile(
 )
 _ASKED = re.compile(r"(?:tried to allocate|unable to allocate) ([\d.]+ \w+)", re.IGNORECASE)
 _GPU_FULL = re.compile(r"(CUDA|HIP).*out of memory|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE)
+_MACHINE_LOST = re.compile(
+    r"node has died|node was (terminated|preempted|drained)|node \w+ .{0,40}\bdead|actor is temporarily unavailable"
+    r"|ActorUnavailableError|NodeDiedError|its machine was lost",
+    re.IGNORECASE,
+)
 _HOST_FULL = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory", re.IGNORECASE)
+
+MOST_LOSSES = 10
+"""Machines that a trial may lose at one and the same epoch."""
 
 
 def same_error(first_lines: Sequence[str | None], n: int) -> str | None:
@@ -63,6 +72,47 @@ def repeated(first_line: str, previous_first_line: str | None, epochs: int, prev
     if previous_first_line is None:
         return False
     return epochs == previous_epochs and masked(first_line) == masked(previous_first_line)
+
+
+def machine_lost(error: str) -> bool:
+    """Whether an error, with all that Ray says of it, comes of a machine that was lost and not of the trial.
+
+    Example:
+        >>> machine_lost("The actor died because its node has died. Node Id: 4f1c")
+        True
+    """
+    return bool(_MACHINE_LOST.search(error))
+
+
+class Attempts:
+    """How often each trial is tried again.
+
+    Args:
+        retries: failures of a trial after which it goes on; a machine that was lost is none.
+    """
+
+    def __init__(self, retries: int) -> None:
+        self._retries = retries
+        self._failed: Counter[str] = Counter()
+        self._lost: dict[str, tuple[int, int]] = {}
+        """Trial -> the epoch it had come to when it last lost its machine, and how often it has lost it there."""
+
+    def failed(self, trial: str, epoch: int, *, lost: bool) -> bool:
+        """A trial broke off after this epoch; tells whether it is to go on.
+
+        Args:
+            trial: its id.
+            epoch: epochs that it had come to.
+            lost: its machine was lost with it. That costs no attempt, unless it happens
+                :data:`MOST_LOSSES` times without an epoch in between: it may be the trial
+                that brings machines down.
+        """
+        if not lost:
+            self._failed[trial] += 1
+            return self._failed[trial] <= self._retries
+        before, times = self._lost.get(trial, (-1, 0))
+        self._lost[trial] = (epoch, times + 1 if epoch == before else 1)
+        return self._lost[trial][1] < MOST_LOSSES
 
 
 def masked(line: str) -> str:

@@ -18,12 +18,15 @@ from typing import Any
 
 from hpcl.config import Config
 from hpcl.errors import ConfigError, UserError
+from hpcl.results import refuse_links
 from hpcl.search import params
-from hpcl.search.journal import JOURNAL_NAME, is_locked, read_events
+from hpcl.search.journal import JOURNAL_NAME, read_events
+from hpcl.search.mirror import is_running
 from hpcl.search.params import Param, Resources, Search, same
-from hpcl.search.plan import shown
+from hpcl.search.places import is_remote, place, shown
 from hpcl.search.prefixes import PrefixPlan, plan_prefixes
 from hpcl.search.space import Space, load, with_overrides
+from hpcl.search.storage import fetch, folders
 from hpcl.validation import field_paths, show
 
 SPACE_NAME, RECORD_NAME = "space.yaml", "search.json"
@@ -32,8 +35,8 @@ BUDGETS = ("trials", "max_hours", "max_gpu_hours", "max_epochs")
 """Fields of `search` that say when it ends; raised, they let a finished search go on."""
 
 MAY_DIFFER = frozenset(
-    {f"search.{name}" for name in (*BUDGETS, "max_concurrent", "retries", "give_up_after")}
-    | {"resources.cpus_per_worker", "resources.gpus_per_worker"}
+    {f"search.{name}" for name in (*BUDGETS, "max_concurrent", "ahead", "retries", "hung_after", "give_up_after")}
+    | {"resources.cpus_per_worker", "resources.gpus_per_worker", "resources.accelerator_type"}
 )
 """Fields that may change when a search goes on: they do not change what a trial trains or how it is judged."""
 
@@ -56,7 +59,7 @@ def choose_folder(space: Space, name: str | None, results: str | Path, *, fresh:
     Args:
         space: the checked space.
         name: name of the folder; None: the space's, with a number where that is taken.
-        results: folder of all results.
+        results: folder of all results, or its URI.
         fresh: start anew, beside what is there.
 
     Raises:
@@ -65,8 +68,10 @@ def choose_folder(space: Space, name: str | None, results: str | Path, *, fresh:
     """
     if name is not None:
         with_overrides(space, name=name)
-    root = Path(results).expanduser().resolve()
+    root = place(results).resolve()
     first = root / (name or space.name)
+    _bring(first)
+    refuse_links(root / "prefixes")
     if fresh:
         return Choice(_free(first), resume=False)
     there = [_Earlier(first)] if _exists(first) else []
@@ -121,7 +126,7 @@ class _Earlier:
         self._journal = folder / JOURNAL_NAME
 
     def __str__(self) -> str:
-        return str(shown(self.folder))
+        return shown(self.folder)
 
     @property
     def is_search(self) -> bool:
@@ -131,7 +136,7 @@ class _Earlier:
     @property
     def is_running(self) -> bool:
         """Whether a process runs it now."""
-        return is_locked(self._journal)
+        return is_running(self.folder)
 
     @property
     def age(self) -> float:
@@ -195,6 +200,7 @@ def _go_on(earlier: _Earlier, space: Space) -> Choice:
     """Go on with the search in a folder."""
     if earlier.is_running:
         raise UserError(f"{earlier}: a search is running there; wait for it, give --fresh, or another --name")
+    refuse_links(earlier.folder)
     if earlier.only_begun:
         return Choice(earlier.folder, resume=True)
     there = earlier.space
@@ -236,9 +242,20 @@ def _free(first: Path) -> Path:
 
 def _numbered(first: Path) -> list[Path]:
     """Folders with this name and a number behind it."""
-    pattern = re.compile(re.escape(first.name) + r"-[1-9]\d*")
     siblings = first.parent.iterdir() if first.parent.is_dir() else ()
-    return [folder for folder in siblings if folder.is_dir() and pattern.fullmatch(folder.name)]
+    return [folder for folder in siblings if folder.is_dir() and _with_number(first).fullmatch(folder.name)]
+
+
+def _with_number(first: Path) -> re.Pattern[str]:
+    return re.compile(re.escape(first.name) + r"-[1-9]\d*")
+
+
+def _bring(first: Path) -> None:
+    """Bring what a store has of this name, with a number or without."""
+    if is_remote(first):
+        for name in folders(first.parent):
+            if name == first.name or _with_number(first).fullmatch(name):
+                fetch(first.with_name(name))
 
 
 def _full(source: str) -> str:

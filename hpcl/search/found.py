@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcl.config import Config
-from hpcl.search.plan import duration, shown
+from hpcl.errors import StorageError
+from hpcl.search.places import shown
+from hpcl.search.plan import duration
 from hpcl.search.space import Space
+from hpcl.search.storage import fetch
 from hpcl.search.tables import Row
 from hpcl.search.trial import ERROR_FILE
 from hpcl.validation import show
@@ -23,7 +27,7 @@ class Found:
     """What a search leaves behind."""
 
     folder: Path
-    """``results/<name>``."""
+    """``results/<name>``; where that is a URI, this process's copy of its files."""
     trials: list[Row]
     """Rows of ``trials.parquet``."""
     epochs: list[Row]
@@ -41,7 +45,7 @@ class Found:
     seconds: float
     """How long this process ran the search."""
     state: str
-    """finished, interrupted (Ctrl-C or SIGTERM; the same command goes on) or failed."""
+    """finished, failed, or interrupted (Ctrl-C, SIGTERM, results that cannot be written): the same command goes on."""
     reason: str
     """Why it ended, in words."""
     notes: list[str]
@@ -51,8 +55,16 @@ class Found:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the user cut the search short."""
+        """Whether the search was cut short, and the same command goes on with it."""
         return self.state == "interrupted"
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with: 0 where there is a best configuration, 1 where there is none, 3 where
+        results could not be written any more, 130 after Ctrl-C or SIGTERM, as shells have it."""
+        if self.interrupted:
+            return 130 if self.reason == "interrupted" else 3
+        return 0 if self.best_trial is not None and self.state == "finished" else 1
 
     def count(self, state: str) -> int:
         """Trials in a state."""
@@ -114,8 +126,8 @@ def _best_lines(space: Space, found: Found) -> list[str]:
     return [
         *lines,
         f"results  {folder}  (trials.parquet, epochs.parquet, best.yaml, trials/{best['trial_id']}/)",
-        f"then     hpcl retrain {shlex.quote(str(folder))}   (the best ones at full length, with several seeds)",
-        f"or       hpcl train {shlex.quote(str(folder / 'best.yaml'))}",
+        f"then     hpcl retrain {shlex.quote(folder)}   (the best ones at full length, with several seeds)",
+        f"or       hpcl train {shlex.quote(shown(found.folder / 'best.yaml'))}",
     ]
 
 
@@ -145,8 +157,11 @@ def header(space: Space, found: Found, best: Row, backbone: str | None) -> str:
 def first_error(found: Found) -> str | None:
     """The text of the first failed trial's ``error.txt``."""
     for trial in found.trials:
-        path = found.folder / "trials" / trial["trial_id"] / ERROR_FILE
-        if trial["state"] == "failed" and path.is_file():
-            text: str = path.read_text(encoding="utf-8")
-            return text
+        if trial["state"] == "failed":
+            path = found.folder / "trials" / trial["trial_id"] / ERROR_FILE
+            with suppress(StorageError):
+                fetch(path.parent, {ERROR_FILE})
+            if path.is_file():
+                text: str = path.read_text(encoding="utf-8")
+                return text
     return None

@@ -26,10 +26,14 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpcl.errors import UserError
+from hpcl.errors import StorageError, UserError
 from hpcl.results import clean, writing
+from hpcl.search.events import problem_of
+
+if TYPE_CHECKING:
+    from hpcl.search.mirror import Mirror
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -39,14 +43,19 @@ Event = dict[str, Any]
 class Journal:
     """The file, open for appending by the one process that runs the search.
 
+    Args:
+        path: the file.
+        mirror: sends it to a store, where results lie in one.
+
     Raises:
         UserError: another process runs this search, or the file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
+        self._path, self._mirror = path, mirror
         with writing(path):
-            self._file = open(path, "a+b")  # noqa: SIM115 - closed in close()
+            # Without a buffer: what a full disk refuses is not tried again when the file is closed.
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed in close()
         for attempt in range(5):  # `hpcl status` holds a lock for a moment
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,15 +72,46 @@ class Journal:
         self._file.seek(0, os.SEEK_END)
 
     def append(self, event: str, *, sync: bool = False, **facts: Any) -> Event:
-        """Add one event; with `sync` it is on disk when this returns. Gives the event as it will be read back."""
+        """Add one event; with `sync` it is on disk when this returns. Gives the event as it will be read back.
+
+        Raises:
+            StorageError: the disk is full, or the file is not there any more; then nothing was added.
+        """
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, default=_plain)
+        self._look()
         with writing(self._path):
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
-            if sync:
-                os.fsync(self._file.fileno())
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                rest = line.encode() + b"\n"
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(size)
+                raise
+        if sync:
+            self.sync()
         entry: Event = json.loads(line)
         return entry
+
+    def sync(self) -> None:
+        """All events are on disk when this returns, and in the store where there is one."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+        if self._mirror is not None:
+            self._mirror.sync()
+
+    def _look(self) -> None:
+        """See that the file is still where it was: a mount that is gone leaves an open file that nobody finds."""
+        if self._mirror is not None:
+            self._mirror.look()
+        try:
+            ours, there = os.fstat(self._file.fileno()), self._path.stat()
+            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+                return
+            reason = "another file is there"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        raise StorageError(f"{self._path}: is gone ({reason}); was its disk unmounted? Bring the folder back")
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps a copy of what it is given, which nobody reads back: an open file cannot be in it."""
@@ -86,7 +126,7 @@ def read_events(path: Path) -> list[Event]:
     """All events so far, also while a search writes them; a line that a crash cut off is left out.
 
     Raises:
-        UserError: there is no such file, or it is not a journal.
+        UserError: there is no such file, or it is not a journal; names the line and what is wrong with it.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a search (results/<name>)")
@@ -94,14 +134,17 @@ def read_events(path: Path) -> list[Event]:
 
 
 def _events(path: Path) -> Iterator[Event]:
-    content = path.read_bytes()
+    content, begun = path.read_bytes(), set[str]()
     for number, line in enumerate(content[: _whole_lines(content)].splitlines(), start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON, or too deep
             entry = None
-        if not isinstance(entry, dict) or "event" not in entry:
-            raise UserError(f"{path}:{number}: not an event of a search; the file is damaged from here on")
+        if why := problem_of(entry, begun):
+            raise UserError(
+                f"{path}:{number}: not an event of a search ({why}); the file is damaged from here on: "
+                "put a copy back, or leave this folder aside (--fresh, or another --name)"
+            )
         yield entry
 
 

@@ -23,10 +23,10 @@ import queue
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any, NamedTuple
 
 import ray
@@ -35,6 +35,8 @@ from ray import train as ray_train
 from ray.train.torch import TorchTrainer
 
 from hpcl.errors import UserError
+from hpcl.search.failures import machine_lost
+from hpcl.search.rendezvous import LoopbackConfig
 
 Row = dict[str, Any]
 WorkerFunction = Callable[[dict[str, Any], Callable[[Row], None]], None]
@@ -46,8 +48,7 @@ def run_group(
     payload: dict[str, Any],
     *,
     workers: int,
-    cpus: float,
-    gpus: float,
+    holds: Mapping[str, float],
     name: str,
     storage_path: str,
     on_row: Callable[[Row], None],
@@ -60,8 +61,7 @@ def run_group(
         worker: what each rank runs, inside torch's process group (NCCL with GPUs, else gloo).
         payload: its first argument; anything that cloudpickle takes.
         workers: number of ranks.
-        cpus: CPUs of a rank.
-        gpus: GPUs of a rank.
+        holds: what a rank holds, as Ray names it: ``{"CPU": 2, "GPU": 1}``.
         name: Ray Train may write to ``<storage_path>/<name>``.
         storage_path: a folder that all nodes see.
         on_row: gets every row that rank 0 reports, in the calling thread. All ranks wait
@@ -69,12 +69,12 @@ def run_group(
 
     Raises:
         UserError: of a rank, as it was raised there.
-        ChildProcessError: the process of a rank died.
+        ChildProcessError: the process of a rank died, or its machine was lost.
         Exception: any other error of a rank, or Ray's own where the group could not start.
             Ray's report of all ranks is the ``__cause__`` of an error of a rank.
     """
     global _kept
-    shape = Shape(workers, cpus, gpus)
+    shape = Shape(workers, dict(holds))
     group, _kept = _kept, None
     if group is not None and (group.ended or group.shape != shape):
         group.end()
@@ -93,10 +93,8 @@ class Shape(NamedTuple):
     """What a worker group holds."""
 
     workers: int
-    cpus: float
-    """CPUs of a rank."""
-    gpus: float
-    """GPUs of a rank."""
+    holds: Mapping[str, float]
+    """What a rank holds, as Ray names it."""
 
 
 class Group:
@@ -105,6 +103,7 @@ class Group:
     Each rank connects, says its number, and then in turns that it is idle (None) and waits for
     a function to run. Within it, rank 0 sends rows, and every rank waits after each epoch for
     True (go on) or False (stop). As for torch's own group, ports must be open between nodes.
+    Who connects must know a key that only the ranks are given; nothing is read from others.
     """
 
     def __init__(self, shape: Shape, name: str, storage_path: str) -> None:
@@ -115,14 +114,17 @@ class Group:
         self._heard: queue.Queue[Row | BaseException | None] = queue.Queue()
         key = secrets.token_bytes(32)
         host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        # A cluster may know this node by an address that is not one of its own.
-        self._listener = Listener((host if host.startswith("127.") else "", 0), backlog=shape.workers, authkey=key)
+        try:
+            self._listener = Listener((host, 0), backlog=shape.workers)
+        except OSError:  # a cluster may know this node by an address that is not one of its own
+            self._listener = Listener(("", 0), backlog=shape.workers)
         self._address = (host, self._listener.address[1])
         trainer = _trainer_class(shape)(
             _rank,
             train_loop_config={"address": self._address, "key": key},
+            torch_config=LoopbackConfig() if host.startswith("127.") else None,
             scaling_config=ray_train.ScalingConfig(
-                num_workers=shape.workers, use_gpu=shape.gpus > 0, resources_per_worker=_bundle(shape)
+                num_workers=shape.workers, use_gpu=shape.holds.get("GPU", 0) > 0, resources_per_worker=dict(shape.holds)
             ),
             run_config=ray_train.RunConfig(
                 name=name,
@@ -131,7 +133,7 @@ class Group:
                 failure_config=ray_train.FailureConfig(max_failures=0, controller_failure_limit=3),  # type: ignore[call-arg]
             ),
         )
-        threading.Thread(target=self._listen, name="ranks", daemon=True).start()
+        threading.Thread(target=self._listen, args=(key,), name="ranks", daemon=True).start()
         self._fit = threading.Thread(target=self._hold, args=(trainer,), name="worker-group", daemon=True)
         self._fit.start()
 
@@ -160,8 +162,7 @@ class Group:
         self._over = True
         self._tell(pickle.dumps(None))
         if len(self._of_rank) < self.shape.workers:
-            with suppress(OSError):  # only to wake the thread that waits for ranks
-                socket.create_connection(self._address, timeout=1).close()
+            self._wake()
         else:
             self._fit.join(timeout=60)
 
@@ -179,7 +180,7 @@ class Group:
             with suppress(OSError):  # a rank that has ended
                 connection.send_bytes(word)
 
-    # ---------------------------------------------------------------- its two threads
+    # ---------------------------------------------------------------- its threads
 
     def _hold(self, trainer: TorchTrainer) -> None:
         """Ray Train's part: start the ranks, watch over them, and free their place at the end."""
@@ -189,21 +190,29 @@ class Group:
         except BaseException as error:  # raised by the thread that runs a function
             self._heard.put(error)
 
-    def _listen(self) -> None:
-        """Let the ranks connect, then pass on what they say."""
+    def _listen(self, key: bytes) -> None:
+        """Let the ranks connect. Each is heard by a thread of its own: who connects and is silent holds up nobody."""
         with self._listener:
             while len(self._of_rank) < self.shape.workers and not self._over:
-                with suppress(AuthenticationError, EOFError, OSError):  # not a rank
+                with suppress(OSError):
                     connection = self._listener.accept()
-                    self._of_rank[connection.recv()] = connection
-        open_ones = list(self._of_rank.values())
-        while open_ones:
-            for one in wait(open_ones):
-                assert isinstance(one, Connection)
-                try:
-                    self._heard.put(one.recv())
-                except (EOFError, OSError):  # the rank has ended
-                    open_ones.remove(one)
+                    threading.Thread(target=self._hear_from, args=(connection, key), name="rank", daemon=True).start()
+
+    def _hear_from(self, connection: Connection[Any, Any], key: bytes) -> None:
+        """Pass on what a rank says."""
+        with connection, suppress(AuthenticationError, EOFError, OSError):  # not a rank, or one that has ended
+            deliver_challenge(connection, key)
+            answer_challenge(connection, key)
+            self._of_rank[connection.recv()] = connection
+            if len(self._of_rank) == self.shape.workers:
+                self._wake()
+            while True:
+                self._heard.put(connection.recv())
+
+    def _wake(self) -> None:
+        """Let the thread that waits for ranks look whether it still has to."""
+        with suppress(OSError):
+            socket.create_connection(self._address, timeout=1).close()
 
 
 _kept: Group | None = None
@@ -260,6 +269,8 @@ def _cause(error: BaseException) -> BaseException:
     rank = min(failures, key=order)
     if death := _death(failures[rank]):
         kind = type(death).__name__
+        if machine_lost(f"{kind} {death}"):
+            return ChildProcessError(f"rank {rank}: its machine was lost (Ray: {kind})")
         return ChildProcessError(f"rank {rank}: its process was killed, ran out of memory or crashed (Ray: {kind})")
     return failures[rank]
 
@@ -281,16 +292,12 @@ def trial_resources(shape: Shape, driver_cpus: float) -> tune.PlacementGroupFact
     """
     if needs_dashboard():
         return {"cpu": driver_cpus}  # Ray Train takes another place for the ranks
-    return tune.PlacementGroupFactory([{"CPU": driver_cpus}, *[_bundle(shape)] * shape.workers])
+    return tune.PlacementGroupFactory([{"CPU": driver_cpus}, *[dict(shape.holds)] * shape.workers])
 
 
 def needs_dashboard() -> bool:
     """Whether worker groups need Ray's dashboard: Ray Train's own cleaner of placement groups asks it."""
     return _inside() is None
-
-
-def _bundle(shape: Shape) -> dict[str, float]:
-    return {"CPU": shape.cpus, **({"GPU": shape.gpus} if shape.gpus else {})}
 
 
 def _in_trial() -> bool:

@@ -21,6 +21,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from hpcl.errors import harmless
 from hpcl.results import LOWER_IS_BETTER
 from hpcl.search.clock import StageClock, reached
 from hpcl.search.forecast import elapsed, lengths_of, seconds_left
@@ -100,13 +101,13 @@ class View:
             most = max(1, options.size.height - self.beside - len(self.facts) - 4)
         running = self.running[:most]
         ended = self.ended[max(0, len(self.ended) - (most - len(running))) :]
-        yield Rule(Text(self.name), style="dim")
+        yield Rule(Text(harmless(self.name)), style="dim")
         if running or ended:
             yield self._table([*running, *ended])
         if len(self.running) > len(running):
             yield Text(f"and {len(self.running) - len(running)} more", style="dim")
         for label, text in self.facts:
-            line = Text.assemble((f"{label:<9}", "bold"), text)
+            line = Text.assemble((f"{label:<9}", "bold"), harmless(text))
             yield line if self.beside is None else one_line(line)
 
     def _table(self, rows: list[tuple[str, ...]]) -> Table:
@@ -115,7 +116,7 @@ class View:
             right = name in ("stage", "epoch", self.metric, "time")
             table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
         for row in rows:
-            *cells, state, seconds = row
+            *cells, state, seconds = map(harmless, row)
             style = _STYLES.get(state.split()[0], "")
             table.add_row(*map(Text, cells), Text(state, style), Text(seconds), style="dim" if style == "dim" else "")
         return table
@@ -331,7 +332,7 @@ class Live:
 
     def say(self, text: str) -> None:
         """Print a line above the table; it stays when the table moves on."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(harmless(text), soft_wrap=True)
 
     def stop(self) -> None:
         """Leave the last table where it is and give the cursor back; safe to call twice."""

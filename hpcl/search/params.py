@@ -27,6 +27,9 @@ CURVES: tuple[str, ...] = tuple(
 PROTOTYPE_CURVES = frozenset({"acc_proto", "loss_proto", "proto_bits_own", "size_entropy", "churn_ami"})
 """Curves without a value before stage 2."""
 
+MOST_CHOICES = 100
+"""Values of a choice at most."""
+
 
 def better_end(curve: str) -> Literal["max", "min"]:
     """Whether a larger or a smaller value of a curve is better."""
@@ -81,9 +84,9 @@ class Int(_Searched):
     """A whole number between two ends, both included."""
 
     kind: Literal["int"] = "int"
-    low: int
+    low: Annotated[int, Field(ge=-(2**53), le=2**53)]
     """Low end."""
-    high: int
+    high: Annotated[int, Field(ge=-(2**53), le=2**53)]
     """High end; above `low`."""
     log: bool = False
     """Sample the logarithm uniformly; `low` must be at least 1."""
@@ -123,6 +126,8 @@ class Choice(_Searched):
     def _different(self) -> Choice:
         if len(self.choices) < 2:
             raise ValueError(f"choices has {len(self.choices)} value(s), but must have at least 2 (set one in base)")
+        if len(self.choices) > MOST_CHOICES:  # each is checked against the others
+            raise ValueError(f"choices has {len(self.choices)} values, but must have at most {MOST_CHOICES}")
         seen: list[Any] = []
         for value in self.choices:
             if any(same(value, other) for other in seen):
@@ -179,7 +184,7 @@ def _check_range(low: float, high: float, log: bool, step: float | None, positiv
 class Search(Section):
     """How many trials, what stops them early, and what chooses the best."""
 
-    trials: Count = 16
+    trials: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     """Trials in all; trial 0 is the base configuration."""
     metric: str = "acc_proto_ref"
     """Curve by which ASHA stops trials: a column of `epochs.parquet`."""
@@ -213,7 +218,9 @@ class Search(Section):
     startup: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Finished trials before TPE replaces random sampling; `auto` follows the trials at a time."""
     max_concurrent: Count | Literal["auto"] = "auto"
-    """Most trials at a time; `auto`: as many as the resources allow."""
+    """Most trials at a time; `auto`: as many as the resources allow, more and fewer as machines join and leave."""
+    ahead: Annotated[int, Field(ge=0)] = 1
+    """On a cluster (`--address`), trials drawn ahead of a free place; an autoscaler adds machines for them."""
     max_hours: Positive | None = None
     """Hours after which no trial begins or goes on; running epochs are finished. null: no limit."""
     max_gpu_hours: Positive | None = None
@@ -221,7 +228,11 @@ class Search(Section):
     max_epochs: Count | None = None
     """The same for the epochs of all trials together, shared ones counted once; null: no limit."""
     retries: Annotated[int, Field(ge=0)] = 2
-    """Times that a trial whose process was lost, or that raised an error, goes on from its checkpoint."""
+    """Times that a trial whose process was lost, or that raised an error, goes on from its checkpoint; a
+    machine that was lost with it does not count."""
+    hung_after: Annotated[float, Field(ge=2)] | None = 20.0
+    """A trial that has not reported for so many times the longest epoch so far, and for five minutes, is taken
+    as hung: its process is killed and it goes on from its checkpoint, as after a lost process. null: never."""
     give_up_after: Count = 3
     """The search ends where so many trials, the first ones, all end with the same error."""
 
@@ -258,10 +269,16 @@ class Resources(Section):
     gpus_per_worker: Annotated[float, Field(ge=0.0)] | Literal["auto"] = "auto"
     """GPUs of a worker: 0, a fraction (several one-worker trials on one GPU) or a whole number;
     `auto`: one where the cluster has GPUs, else 0."""
+    accelerator_type: str | None = None
+    """Kind of GPU as Ray calls it (`A100`, `H100`, `L4`); machines with others are left out. null: any."""
 
     @model_validator(mode="after")
     def _gpus_can_be_given(self) -> Resources:
         gpus = self.gpus_per_worker
+        if gpus == 0 and self.accelerator_type:
+            raise ValueError(
+                f"accelerator_type is {self.accelerator_type}, but gpus_per_worker is 0: leave one of them out"
+            )
         if isinstance(gpus, str) or gpus == 0:
             return self
         if gpus < 1 and self.workers > 1:

@@ -8,7 +8,6 @@ and so does this file, so that 0.1 fits ten times into 1.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +37,8 @@ class Node:
 
     cpus: float
     gpus: float = 0.0
+    accelerator: str | None = None
+    """Kind of its GPUs as Ray calls it, such as `A100`; empty: none that Ray knows; None: not known here."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,23 @@ class Concurrency:
     slots: int
     """Workers for which the cluster has room."""
 
+    accelerator: str | None = None
+    """Kind of the GPUs; None: any."""
+
+    @property
+    def worker(self) -> dict[str, float]:
+        """What a worker holds, as Ray names it."""
+        kind = {f"accelerator_type:{self.accelerator}": 0.001} if self.accelerator and self.gpus_per_worker else {}
+        return {
+            "CPU": self.cpus_per_worker,
+            **({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}),
+            **kind,
+        }
+
     def each(self, workers: int) -> str:
         """What a trial of so many workers gets, such as "1 x 2 CPUs + 1 GPUs"."""
-        gpus = f" + {self.gpus_per_worker:g} GPUs" if self.gpus_per_worker else ""
+        kind = f" ({self.accelerator})" if self.accelerator else ""
+        gpus = f" + {self.gpus_per_worker:g} GPUs{kind}" if self.gpus_per_worker else ""
         return f"{workers} x {self.cpus_per_worker:g} CPUs{gpus}"
 
 
@@ -136,15 +151,18 @@ def concurrency(resources: Resources, nodes: Sequence[Node], *, limit: int | Non
         limit: trials at a time at most.
 
     Raises:
-        ConfigError: not even one trial fits; the sum is shown.
+        NoRoom: not even one trial fits; the sum is shown.
 
     Example:
         >>> concurrency(Resources(), [Node(cpus=2)]).trials
         2
     """
+    everything, wanted = nodes, resources.accelerator_type
+    if wanted:
+        nodes = [node for node in nodes if node.accelerator in (None, wanted)]
     gpus = resources.gpus_per_worker
     if gpus == "auto":
-        gpus = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
+        gpus = 1.0 if wanted or any(node.gpus >= 1 for node in nodes) else 0.0
     cpus = resources.cpus_per_worker
     if cpus == "auto":
         cpus = _share_of_cpus(resources.workers, float(gpus), nodes)
@@ -156,8 +174,12 @@ def concurrency(resources: Resources, nodes: Sequence[Node], *, limit: int | Non
     slots = sum(_room(node, cpus, gpus, reserve) for node in nodes)
     trials = slots // workers
     if trials < 1:
-        raise ConfigError(_refusal(resources, cpus, gpus, nodes, reserve, slots))
-    return Concurrency(min(trials, limit or trials), cpus, gpus, slots)
+        raise NoRoom(_refusal(resources, cpus, gpus, everything, reserve, slots))
+    return Concurrency(min(trials, limit or trials), cpus, gpus, slots, wanted)
+
+
+class NoRoom(ConfigError):
+    """These machines have no room for one trial."""
 
 
 def startup_trials(trials: int, at_a_time: int) -> int:
@@ -221,16 +243,15 @@ def make_plan(
     )
 
 
-def shown(path: Path) -> Path:
-    """The path as short as the current folder allows."""
-    relative = Path(os.path.relpath(path))
-    return path if relative.parts[:1] == ("..",) else relative
-
-
 def describe_nodes(nodes: Sequence[Node]) -> str:
     """Machines in words, such as "2 x (8 CPUs, 1 GPU)"."""
-    kinds = Counter(nodes)
-    texts = [(n, f"{counted(node.cpus, 'CPU')}, {counted(node.gpus, 'GPU')}") for node, n in kinds.items()]
+    nodes = [node for node in nodes if node.cpus or node.gpus] or nodes  # a head that only leads
+    kinds = Counter(
+        f"{counted(node.cpus, 'CPU')}, {counted(node.gpus, 'GPU')}"
+        + (f" of kind {node.accelerator}" if node.accelerator else "")
+        for node in nodes
+    )
+    texts = [(n, text) for text, n in kinds.items()]
     return " + ".join(text if n == 1 else f"{n} x ({text})" for n, text in texts)
 
 
@@ -289,9 +310,11 @@ def _refusal(resources: Resources, cpus: float, gpus: float, nodes: Sequence[Nod
     sums = [f"{workers} x {number(cpus)}{f' + {number(reserve)} (driver)' if reserve else ''} CPUs"]
     sums[0] += f" = {number(workers * cpus + reserve)}"
     if gpus:
-        sums.append(f"{workers} x {number(gpus)} GPUs = {number(workers * gpus)}")
+        kind = f" of kind {resources.accelerator_type}" if resources.accelerator_type else ""
+        sums.append(f"{workers} x {number(gpus)} GPUs{kind} = {number(workers * gpus)}")
     has = describe_nodes(nodes) or "no machine"
     advice = ["resources.workers", "resources.cpus_per_worker", *(["resources.gpus_per_worker"] if gpus else [])]
+    advice += ["resources.accelerator_type"] if resources.accelerator_type else []
     return (
         f"resources: a trial needs {' and '.join(sums)}, but the cluster has {has}, which has room for "
         f"{counted(slots, 'such worker')} (a worker lies on one machine); lower {' or '.join(advice)}, or use auto"

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 
 from hpcl.search.params import Choice, Param
-from hpcl.search.plan import Plan, counted, duration, number, shown
+from hpcl.search.places import shown
+from hpcl.search.plan import Plan, counted, duration, number
 from hpcl.search.space import Space
 from hpcl.stages import stage_lengths
 from hpcl.validation import show
@@ -100,8 +101,11 @@ def _stages(stages: Sequence[int]) -> str:
 def _at_a_time(plan: Plan) -> str:
     room = plan.concurrency
     each = counted(plan.space.resources.workers, "worker") + f" of {counted(room.cpus_per_worker, 'CPU')}"
-    each += f" and {counted(room.gpus_per_worker, 'GPU')}" if room.gpus_per_worker else ""
-    return f"{counted(room.trials, 'trial')} of {each} (for {plan.cluster})"
+    gpus = room.gpus_per_worker
+    kind = f" of kind {room.accelerator}" if room.accelerator else ""
+    each += f" and {counted(gpus, 'GPU')}{kind}" if gpus else ""
+    packed = f"; {int(1 / gpus + 1e-9)} trials share a GPU" if 0 < gpus <= 0.5 else ""
+    return f"{counted(room.trials, 'trial')} of {each}{packed} (for {plan.cluster})"
 
 
 def _rungs(plan: Plan) -> str:

@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
+from hpcl.errors import harmless
 from hpcl.results import write_text
 from hpcl.search.budget import Budget
-from hpcl.search.failures import same_error
+from hpcl.search.failures import Attempts, machine_lost, same_error
 from hpcl.search.forecast import elapsed, seconds_left
+from hpcl.search.hung import Watch
 from hpcl.search.interrupt import Draining
 from hpcl.search.live import Course, Live, view
 from hpcl.search.monitor import Monitor
+from hpcl.search.places import place
 from hpcl.search.plan import Plan, duration
 from hpcl.search.queue import WorkQueue
+from hpcl.search.storage import fetch, push
 from hpcl.search.tables import PREFIX, Row, Tables
-from hpcl.search.trial import ERROR_FILE
+from hpcl.search.trial import ERROR_FILE, STORAGE
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -36,7 +40,7 @@ SAY_EVERY = 30.0
 
 def say(text: str) -> None:
     """Print a line at once, also into a pipe."""
-    print(text, flush=True)
+    print(harmless(text), flush=True)
 
 
 class Follow(tune.Callback):
@@ -70,7 +74,10 @@ class Follow(tune.Callback):
         self._tables, self._plan, self._say = tables, plan, say
         self._course, self._live = course or Course(), live
         self._budget, self._monitor, self._draining, self._queue = budget, monitor, draining, queue
-        self._retries = plan.space.search.retries
+        self._attempts = Attempts(plan.space.search.retries)
+        self._watch = Watch(plan.space.search.hung_after)
+        for row in tables.epochs:
+            self._watch.epoch(row["seconds"])
         self._asked = plan.space.search.trials
         monitor.restore(tables.notes)
         self._looked = 0
@@ -92,29 +99,34 @@ class Follow(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._running.add(trial.trial_id)
         self._course.began(trial.config["trial"], time.time())
+        self._watch.began(trial.config["trial"], time.monotonic())
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
+        self._watch.reported(trial.config["trial"], result, time.monotonic())
+        if result.get("state") == STORAGE:  # it has not failed: it goes on from its checkpoint when the search does
+            self._draining.ask(result["reason"], interrupted=True)
+            self._say(f"{_called(trial.config['trial'])} could not be saved: the running epochs are finished")
         self._look()
         self._tables.write_if_due()
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._running.discard(trial.trial_id)
-        ours, error = trial.config["trial"], self._error(trial)
-        self._course.left(ours)
+        ours = trial.config["trial"]
+        error, _ = self._broke_off(trial)
         if self._tables.state_of(ours) != "running":
             return  # the process was lost after the trial's last row
-        self._tables.retry(ours, error)
-        self._say(f"{_called(ours)} broke off and is tried again: {error}")
+        self._tries_again(ours, error)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._running.discard(trial.trial_id)
         ours = trial.config["trial"]
         self._course.left(ours)
+        self._watch.left(ours)
         state = self._tables.state_of(ours)
         if state == "running" and (trial.last_result or {}).get("state") == "failed":
-            self._tables.end(ours, "failed", self._error(trial))
+            self._tables.end(ours, "failed", self._error_text(trial).split("\n", 1)[0])
         elif state == "running" and not self._draining():
             epochs = self._tables.newest(ours).get("epoch", 0)
             self._tables.end(ours, "failed", f"ended after epoch {epochs} without finishing its schedule")
@@ -124,14 +136,40 @@ class Follow(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._running.discard(trial.trial_id)
-        ours, error = trial.config["trial"], self._error(trial)
-        row = self._tables.trials.get(ours, {})
-        if row.get("state") == "running" and error.startswith(LOST) and row["retries"] <= self._retries:
-            self._queue.again(ours)  # a process that is lost between two trials takes the next one with it
+        ours = trial.config["trial"]
+        error, again = self._broke_off(trial)
+        if again and self._tables.trials.get(ours, {}).get("state") == "running":
+            # Tune counts lost machines too, and a process that is lost between two trials takes the next one with it.
+            self._queue.again(ours)
+            self._tries_again(ours, error)
             return
         self._tables.end(ours, "failed", error)
         self._queue.tell(ours)
         self._ended(ours)
+
+    def _broke_off(self, trial: Trial) -> tuple[str, bool]:
+        """Why a trial's process broke off, and whether that leaves it an attempt."""
+        ours = trial.config["trial"]
+        self._course.left(ours)
+        if hung := self._watch.left(ours):
+            folder = place(trial.config["folder"])
+            write_text(folder / ERROR_FILE, f"{hung}\n")
+            push(folder, {ERROR_FILE})
+        text = self._error_text(trial)
+        error = text.split("\n", 1)[0]
+        lost = not hung and machine_lost(text if error.startswith(LOST) else error)
+        again = self._attempts.failed(ours, self._tables.newest(ours).get("epoch", 0), lost=lost)
+        return error, again and (lost or hung is not None or error.startswith(LOST))
+
+    def _tries_again(self, ours: str, error: str) -> None:
+        self._tables.retry(ours, error)
+        self._say(f"{_called(ours)} broke off and is tried again: {error}")
+
+    def _end_hung(self) -> None:
+        """Kill the processes of trials that hang; Tune then finds them lost."""
+        for ours in self._watch.hung(time.monotonic()):
+            self._say(f"{_called(ours)} hangs: its process is killed")
+            self._watch.kill(ours)
 
     def look_at_budget(self) -> None:
         """End the search where its budget is used up."""
@@ -148,6 +186,7 @@ class Follow(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self.look_at_budget()
+        self._end_hung()
         if self._live:
             self._live.update_if_due(lambda: view(self._tables, self._plan, self._course))
         elif time.monotonic() - self._said > SAY_EVERY:
@@ -206,19 +245,21 @@ class Follow(tune.Callback):
         if error := same_error(self._errors, number):
             self._draining.ask(f"the first {number} trials failed with the same error: {error}", at_once=True)
 
-    def _error(self, trial: Trial) -> str:
-        """First line of the trial's error; Ray's own words where the process died without any."""
-        path = Path(trial.config["folder"]) / ERROR_FILE
+    def _error_text(self, trial: Trial) -> str:
+        """The trial's error, which the first line names; Ray's own words where the process died without any."""
+        path = place(trial.config["folder"]) / ERROR_FILE
+        fetch(path.parent, {ERROR_FILE})
         if not path.is_file():
             source = Path(trial.error_file) if trial.error_file else None
             text = source.read_text(errors="replace") if source and source.is_file() else ""
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             lines = [line for line in lines if not line.startswith("Failure #")] or ["no reason known"]
             # A traceback ends with its error; Ray's account of a lost process begins with it.
-            line = lines[-1] if "ray::" in lines[0] else f"{LOST}: {lines[0]}"
+            why = "its machine does not answer" if machine_lost(text) else lines[0]
+            line = lines[-1] if "ray::" in lines[0] else f"{LOST}: {why}"
             write_text(path, f"{line}\n\n{text}")
-        with open(path, encoding="utf-8") as file:
-            return file.readline().strip()
+            push(path.parent, {ERROR_FILE})
+        return path.read_text(encoding="utf-8")
 
 
 def _called(ours: str) -> str:

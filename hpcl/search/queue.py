@@ -17,8 +17,10 @@ from ray.tune.search import Searcher
 
 from hpcl.search.asha import finite
 from hpcl.search.listed import Listed
+from hpcl.search.places import location
 from hpcl.search.prefixes import PrefixNode, PrefixPlan
 from hpcl.search.sampler import Sampler
+from hpcl.search.storage import exists
 from hpcl.search.store import CHECKPOINT, PrefixStore
 from hpcl.search.tables import PREFIX, Tables
 
@@ -39,13 +41,14 @@ class WorkQueue(Searcher):
     """Hands jobs to Tune, and tells Optuna how trials went.
 
     A job is Tune's configuration of a trial: ``trial`` (our id), ``values`` (by config path),
-    ``folder``, ``fork`` (a checkpoint or None) and ``until`` (the last stage, or None).
+    ``folder``, ``fork`` (a checkpoint or None), ``until`` (the last stage, or None), ``home`` (the
+    search's folder) and ``epochs`` (of which the search has rows). Folders are paths or URIs.
 
     Args:
         tables: what the search knows; trials in it that have not ended are handed out again.
         sampler: draws new trials, or hands out given ones.
         trials: trials in all.
-        at_a_time: jobs at a time.
+        at_a_time: jobs at a time, as it is now.
         folder: ``results/<name>``.
         prefixes: None where nothing is shared.
         closed: True as soon as nothing new is to be started.
@@ -57,7 +60,7 @@ class WorkQueue(Searcher):
         sampler: Sampler | Listed,
         *,
         trials: int,
-        at_a_time: int,
+        at_a_time: Callable[[], int],
         folder: Path,
         prefixes: Prefixes | None = None,
         closed: Callable[[], bool] = lambda: False,
@@ -69,6 +72,8 @@ class WorkQueue(Searcher):
         self._resumed = tables.unfinished()
         self._held: list[str] = []
         """Drawn trials that wait for their prefix."""
+        self._begun: set[str] = set()
+        """Those of them that have a checkpoint of their own."""
         self._live: dict[str, str] = {}
         """Tune's trial id -> ours, of the jobs that Tune has."""
         self._nodes: dict[str, PrefixNode] = {}
@@ -88,16 +93,23 @@ class WorkQueue(Searcher):
         """The next job; None where nothing can start now, FINISHED where nothing will."""
         if self._closed():
             return str(Searcher.FINISHED)
-        if len(self._live) >= self._at_a_time:
+        at_a_time = self._at_a_time()
+        if len(self._live) >= at_a_time:
             return None
         while True:
             job = self._ready()
             if job is not None:
                 self._live[trial_id] = job["trial"]
                 return job
-            if len(self._held) >= self._at_a_time or not self._hold_next():
+            if len(self._held) >= at_a_time or not self._hold_next():
                 break
         return None if self._held or self._live else str(Searcher.FINISHED)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there is nothing left to hand out, unless a trial breaks off."""
+        waits = self._held or self._resumed or len(self._tables.trials) < self._asked
+        return self._closed() or not waits
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a running trial's newest value on to Optuna."""
@@ -156,7 +168,7 @@ class WorkQueue(Searcher):
     def _hold_next(self) -> bool:
         """Take a trial that was cut short, or draw a new one; False where there is none left."""
         if self._resumed:
-            self._held.append(self._resumed.pop(0))
+            self._hold(self._resumed.pop(0))
             return True
         number = len(self._tables.trials)
         if number >= self._asked:
@@ -164,17 +176,30 @@ class WorkQueue(Searcher):
         values, optuna = self._sampler.ask(number)
         trial = self._sampler.name(number)
         self._tables.begin(trial, number, values, optuna=optuna)
-        self._held.append(trial)
+        self._hold(trial)
         return True
+
+    def _hold(self, trial: str) -> None:
+        if self._prefixes is not None and exists(self._folder / "trials" / trial / CHECKPOINT):
+            self._begun.add(trial)
+        self._held.append(trial)
 
     def _job(self, ours: str, folder: Path, parent: PrefixNode | None, until: int | None) -> dict[str, Any]:
         """Tune's configuration of a trial or prefix that goes on from `parent`."""
         fork = None
         if parent is not None:
             self._tables.fork(ours, self._id(parent))
-            fork = str(self._shared.store.checkpoint(self._shared.key(parent)))
-        values = self._tables.values[ours]
-        return {"trial": ours, "values": values, "folder": str(folder), "fork": fork, "until": until}
+            fork = location(self._shared.store.checkpoint(self._shared.key(parent)))
+        self._tables.sync()
+        return {
+            "trial": ours,
+            "values": self._tables.values[ours],
+            "folder": location(folder),
+            "fork": fork,
+            "until": until,
+            "home": location(self._folder),
+            "epochs": self._tables.newest(ours).get("epoch", 0),
+        }
 
     # ---------------------------------------------------------------- prefixes
 
@@ -188,7 +213,7 @@ class WorkQueue(Searcher):
 
     def _node_of(self, trial: str) -> PrefixNode | None:
         """The prefix that a trial goes on from; None where it goes on from its own checkpoint or starts by itself."""
-        if self._prefixes is None or (self._folder / "trials" / trial / CHECKPOINT).is_file():
+        if self._prefixes is None or trial in self._begun:
             return None
         node = self._prefixes.plan.node_for(self._tables.values[trial])
         above = node
@@ -201,7 +226,7 @@ class WorkQueue(Searcher):
     def _is_there(self, node: PrefixNode) -> bool:
         """Whether a prefix is complete; rows of one that another search trained are taken over."""
         prefix = self._id(node)
-        if prefix in self._there and self._shared.store.checkpoint(self._shared.key(node)).is_file():
+        if prefix in self._there and exists(self._shared.store.checkpoint(self._shared.key(node))):
             return True
         rows = self._shared.store.rows(self._shared.key(node), node.last_epoch)
         if rows is None:
@@ -217,6 +242,7 @@ class WorkQueue(Searcher):
         node = self._nodes.pop(prefix)
         row = self._tables.newest(prefix)
         if not failed and row.get("state") == "running" and row["epoch"] == node.last_epoch:
+            self._tables.sync()  # that it was trained here is known before others find it
             self._shared.store.publish(self._shared.key(node), self._tables.prefix_rows(prefix))
             self._tables.end(prefix, "finished", f"trained through stage {node.stage}")
         elif not self._closed() or failed:  # it failed, diverged, or did not train what it was to train

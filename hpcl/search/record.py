@@ -150,6 +150,7 @@ def commit() -> str | None:
 
 def hardware(nodes: list[dict[str, Any]]) -> dict[str, Any]:
     """This machine, and the resources of every node of the cluster (``ray.nodes()``)."""
+    kept = ("CPU", "GPU", "memory")
     return {
         "host": platform.node(),
         "system": platform.platform(),
@@ -158,7 +159,7 @@ def hardware(nodes: list[dict[str, Any]]) -> dict[str, Any]:
         "ram_gb": round(_ram_bytes() / 1e9, 1),
         "gpus": _gpus(),
         "nodes": [
-            {name: value for name, value in node["Resources"].items() if name in ("CPU", "GPU", "memory")}
+            {n: value for n, value in node["Resources"].items() if n in kept or n.startswith("accelerator_type:")}
             for node in nodes
         ],
     }

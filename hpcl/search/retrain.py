@@ -25,24 +25,26 @@ from typing import Any
 
 from hpcl.config import STAGES
 from hpcl.data_rules import data_problems
-from hpcl.errors import UserError
-from hpcl.results import RETRAIN_COLUMNS, retrain_schema, write_table, write_text
+from hpcl.errors import UserError, harmless
+from hpcl.results import RETRAIN_COLUMNS, read_object, refuse_links, retrain_schema, write_table, write_text
 from hpcl.search import space as spaces
 from hpcl.search.cli import INTERRUPTED
-from hpcl.search.cluster import connected
 from hpcl.search.evidence import Evidence
 from hpcl.search.folder import RECORD_NAME, SPACE_NAME, Choice, differences
 from hpcl.search.found import Found
 from hpcl.search.interrupt import interruptible
-from hpcl.search.journal import JOURNAL_NAME, is_locked, read_events
+from hpcl.search.journal import JOURNAL_NAME, read_events
 from hpcl.search.listed import Listed, Run
-from hpcl.search.plan import Node, counted, duration, make_plan, shown
+from hpcl.search.mirror import is_running
+from hpcl.search.places import location, place, shown
+from hpcl.search.plan import counted, duration
 from hpcl.search.progress import say
 from hpcl.search.retrained import FOLDER, Retrained, header, next_command, summary, write_best
-from hpcl.search.runner import look_at_data, with_full_path
+from hpcl.search.runner import look_at_data, planned, with_full_path
 from hpcl.search.session import NO_DATA, Session
 from hpcl.search.space import Space
 from hpcl.search.status import read
+from hpcl.search.storage import check, exists, fetch, push
 from hpcl.search.tables import Row, Tables
 from hpcl.search.trial import Job, TrainFunction
 from hpcl.stages import stage_lengths
@@ -87,7 +89,7 @@ def retrain(
     """Train the best configurations of a search again, and rewrite its ``best.yaml`` by that evidence.
 
     Args:
-        folder: ``results/<name>`` of a search that does not run.
+        folder: ``results/<name>`` of a search that does not run, or its URI.
         top: finished trials, the best ones; the base's configuration (trial 0) is retrained besides.
         seeds: runs of each: the base's seed, and those that follow it.
         epochs: total epochs of a run, the stages in proportion; None: see :func:`retraining_space`.
@@ -103,10 +105,12 @@ def retrain(
     if top < 1 or seeds < 1:
         raise UserError(f"--top is {top} and --seeds {seeds}, but both must be at least 1")
     with interruptible():
-        search = _read(Path(folder), train, backbone)
+        check(folder)
+        search = _read(place(folder), train, backbone)
         space = retraining_space(search.space, epochs=epochs, data=data, workers=workers)
         out = search.folder.resolve() / FOLDER
-        earlier = _earlier(out, space)
+        fetch(out)
+        earlier = _earlier(out, space, search.tables.values)
         chosen = _chosen(search, top)
         runs = _runs(search, chosen, [space.base.seed + i for i in range(seeds)], earlier)
         space = replace(space, search=space.search.model_copy(update={"trials": len(runs)}))
@@ -123,18 +127,15 @@ def retrain(
             for line in _plan(search, space, chosen, runs, to_do, top, len(earlier.unfinished())):
                 say(line)
             own = None if backbone is None else getattr(backbone, "__name__", type(backbone).__name__)
-            say("starting Ray ..." if address is None else f"connecting to Ray at {address} ...")
-            with connected(address, workers=space.resources.workers) as nodes, interruptible():
-                machines = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in nodes]
-                plan = make_plan(space, machines, cluster=address or "this machine", folder=out)
+            with planned(space, out, address, say) as (plan, nodes):
                 room = plan.concurrency
-                job = Job(space, train, backbone, space.resources.workers, room.cpus_per_worker, room.gpus_per_worker)
+                job = Job(space, train, backbone, room)
                 line = f"{min(room.trials, len(to_do))} at a time ({room.each(job.workers)} each)"
                 same = data is None and workers is None
                 say(line + (_forecast(search, space, to_do, earlier, room.trials) if same else ""))
-                session = Session(plan, job, data_hash, nodes, own, say, listed=Listed(runs))
-                session.open(Choice(out, resume=True))
+                session = Session(plan, job, data_hash, nodes, own, say, listed=Listed(runs), address=address)
                 try:
+                    session.open(Choice(out, resume=True))
                     found, earlier = session.run(), session.tables
                 finally:
                     session.close()
@@ -166,10 +167,11 @@ def retraining_space(
     return with_full_path(spaces.with_overrides(plain, data=data, workers=workers, epochs=epochs))
 
 
-def main(folder: Path, **options: Any) -> int:
+def main(folder: str | Path, **options: Any) -> int:
     """``hpcl retrain``; returns the exit code.
 
-    0: ``best.yaml`` holds the best by this evidence; 1: no run finished, or all failed alike; 130: interrupted.
+    0: ``best.yaml`` holds the best by this evidence; 1: no run finished, or all failed alike; 3: results could not be
+    written any more; 130: interrupted.
 
     Raises:
         UserError: as :func:`retrain`.
@@ -179,9 +181,9 @@ def main(folder: Path, **options: Any) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    print(summary(retrained), flush=True)
-    if retrained.state == "interrupted":
-        return INTERRUPTED
+    print(harmless(summary(retrained)), flush=True)
+    if retrained.found is not None and retrained.found.interrupted:
+        return retrained.found.exit_code
     return 0 if retrained.best is not None else 1
 
 
@@ -190,40 +192,45 @@ def main(folder: Path, **options: Any) -> int:
 
 def _read(folder: Path, train: TrainFunction | None, backbone: Callable[[], Any] | None) -> _Search:
     """The search in a folder, if it can be retrained."""
-    full = folder.resolve()
-    if full.name == FOLDER and (full.parent / JOURNAL_NAME).is_file():
-        raise UserError(f"{folder}: these are the runs of a retraining; give the search's own folder, {folder.parent}")
+    full, where = folder.resolve(), location(folder)
+    if full.name == FOLDER and exists(full.parent / JOURNAL_NAME):
+        raise UserError(
+            f"{where}: these are the runs of a retraining; give the search's own folder, {location(folder.parent)}"
+        )
     status = read(folder)
     space, tables = status.plan.space, status.tables
     if status.state == "running":
-        raise UserError(f"{folder}: the search is still running; wait for its end, or end it with Ctrl-C")
+        raise UserError(f"{where}: the search is still running; wait for its end, or end it with Ctrl-C")
     if not tables.ranking():
         counts = {state: tables.count(state) for state in ("finished", "stopped", "failed", "diverged", "running")}
         states = ", ".join(f"{n} {'cut short' if s == 'running' else s}" for s, n in counts.items() if n)
         raise UserError(
-            f"{folder}: no trial finished its schedule with a value of {tables.chosen_by()} ({states}), so there is "
+            f"{where}: no trial finished its schedule with a value of {tables.chosen_by()} ({states}), so there is "
             "nothing to retrain; go on with the search, with more --trials where it has ended"
         )
-    record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    if not any(trial["number"] == 0 for trial in tables.trials.values()):
+        raise UserError(f"{where}: its {JOURNAL_NAME} has no trial with number 0, the base; put a copy of it back")
+    record = read_object(folder / RECORD_NAME)
     known, used = space.base.model.backbone, record.get("backbone")
     call = "retrain it from Python: hpcl.search.retrain.retrain(folder"
     if backbone is None and used not in (None, known):
-        raise UserError(f"{folder}: was searched with a backbone of your own ({used}); {call}, backbone={used})")
+        raise UserError(f"{where}: was searched with a backbone of your own ({used}); {call}, backbone={used})")
     if train is None and record.get("data_hash") is None:
-        raise UserError(f"{folder}: was searched with a train function of your own; {call}, train=...)")
+        raise UserError(f"{where}: was searched with a train function of your own; {call}, train=...)")
     return _Search(folder, space, tables, record, status.state)
 
 
-def _earlier(out: Path, space: Space) -> Tables:
-    """The runs that an earlier call began; empty tables where there was none.
+def _earlier(out: Path, space: Space, known: Mapping[str, Any]) -> Tables:
+    """The runs that an earlier call began; empty tables where there was none. `known`: the search's trials.
 
     Raises:
         UserError: they run now, or do not compare with what is asked for now.
     """
+    refuse_links(out.parent)
     journal, tables = out / JOURNAL_NAME, Tables(out, space)
     if not journal.is_file():
         return tables
-    if is_locked(journal):
+    if is_running(out):
         raise UserError(f"{shown(out)}: a retraining is running there; wait for its end")
     refused, _ = differences(spaces.load(out / SPACE_NAME), space)
     if refused:
@@ -232,6 +239,11 @@ def _earlier(out: Path, space: Space) -> Tables:
             + "\ngive the same --epochs, --data and --workers again; or rename that folder, which begins anew"
         )
     tables.replay(read_events(journal))
+    for name, values in tables.values.items():
+        if "seed" not in values or _trial_of(name) not in known:
+            raise UserError(
+                f"{shown(journal)}: {name} is no run of this search's trials; rename its folder to begin anew"
+            )
     return tables
 
 
@@ -340,6 +352,7 @@ def _conclude(search: _Search, space: Space, runs: Sequence[Run], tables: Tables
         write_best(search.folder, best, header(search.folder.resolve().name, evidence, run, tables.trials[run.name]))
         then = next_command(search.folder, evidence, run, tables.trials[run.name])
     # Read anew: the search may have been gone on with meanwhile.
+    fetch(search.folder, {RECORD_NAME})
     record = json.loads((search.folder / RECORD_NAME).read_text(encoding="utf-8"))
     record["retrained"] = {
         "state": state,
@@ -350,6 +363,7 @@ def _conclude(search: _Search, space: Space, runs: Sequence[Run], tables: Tables
         **evidence.facts(),
     }
     write_text(search.folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
+    push(search.folder)
     return Retrained(search.folder, evidence, state, best, found, then)
 
 

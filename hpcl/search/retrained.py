@@ -12,7 +12,8 @@ from hpcl.results import write_text
 from hpcl.search.evidence import Evidence
 from hpcl.search.found import Found, first_error
 from hpcl.search.listed import Run
-from hpcl.search.plan import duration, shown
+from hpcl.search.places import shown
+from hpcl.search.plan import duration
 from hpcl.search.tables import Row
 from hpcl.yamlio import write
 
@@ -28,7 +29,7 @@ class Retrained:
     """What a retraining leaves behind."""
 
     folder: Path
-    """``results/<name>``."""
+    """``results/<name>``; where that is a URI, this process's copy of its files."""
     evidence: Evidence
     state: str
     """finished, interrupted (the same command goes on) or failed (the first runs had the same error)."""
@@ -119,7 +120,7 @@ def header(name: str, evidence: Evidence, run: Run, row: Row) -> str:
 def next_command(folder: Path, evidence: Evidence, run: Run, row: Row) -> str:
     """What comes next: a look at the run that trained what ``best.yaml`` says, or its training where that was lost."""
     if row["state"] != "finished":
-        return f"hpcl train {shlex.quote(str(shown(folder / BEST)))}"
-    checkpoint = shlex.quote(str(shown(folder / FOLDER / "trials" / run.name / "checkpoint.pt")))
+        return f"hpcl train {shlex.quote(shown(folder / BEST))}"
+    checkpoint = shlex.quote(shown(folder / FOLDER / "trials" / run.name / "checkpoint.pt"))
     labels = evidence.chosen_by in ("linear probe", "knn")
     return f"hpcl knn {checkpoint}" if labels else f"hpcl export {checkpoint} backbone.pt"

@@ -14,7 +14,8 @@ results/prefixes/<key>/      what trials have in common, trained once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ from hpcl.errors import UserError
 from hpcl.search import space as spaces
 from hpcl.search.check import backbone_problems, space_problems
 from hpcl.search.cluster import connected
+from hpcl.search.elastic import machines, nodes_with_room
 from hpcl.search.folder import choose_folder
 from hpcl.search.found import Found
 from hpcl.search.interrupt import interruptible
-from hpcl.search.plan import Node, make_plan
+from hpcl.search.nodes import look_at_nodes, storage_problems
+from hpcl.search.places import location
+from hpcl.search.plan import Plan, make_plan
 from hpcl.search.progress import say
 from hpcl.search.session import NO_DATA, Session
 from hpcl.search.space import Space
+from hpcl.search.storage import check
 from hpcl.search.trial import Job, TrainFunction
 from hpcl.search.warm import read_warm
 
@@ -51,10 +56,10 @@ def run(
     Args:
         space: a checked space or the path of a space file.
         name: name of the results folder; None: the space's name.
-        results: folder of all results.
+        results: folder of all results, which all nodes of a cluster see, or a URI such as ``s3://bucket/results``.
         address: a running Ray cluster as in ``ray.init``; None: Ray starts on this machine.
         fresh: start a new search beside one of the same name instead of going on with it.
-        warm_from: results folders of earlier searches, whose finished trials the sampler is told.
+        warm_from: results folders (or URIs) of earlier searches, whose finished trials the sampler is told.
         train: what trains a trial, with the arguments of :func:`hpcl.trainer.fit` (the default).
         backbone: makes your own module, (b, C, H, W) -> (b, F), in each trial.
         say: prints one line.
@@ -68,7 +73,8 @@ def run(
         space = spaces.load(space)
     with interruptible():
         space = with_full_path(space)
-        choice = choose_folder(space, name, Path(results), fresh=fresh)
+        check(results)
+        choice = choose_folder(space, name, results, fresh=fresh)
         if name is None and not (fresh or choice.resume) and choice.folder.name != space.name:
             say(f"the search {space.name} has ended; this is a new one beside it: {choice.folder.name}")
         data_hash = NO_DATA
@@ -82,22 +88,37 @@ def run(
         own = None if backbone is None else getattr(backbone, "__name__", type(backbone).__name__)
         known = None if data_hash == NO_DATA else data_hash
         warm = read_warm(warm_from, space, data_hash=known, backbone=own) if warm_from else None
-        say("starting Ray ..." if address is None else f"connecting to Ray at {address} ...")
-        # Ray puts a handler of its own for SIGTERM in the place of ours.
-        with connected(address, workers=space.resources.workers) as nodes, interruptible():
-            machines = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in nodes]
-            where = address or "this machine"
-            plan = make_plan(space, machines, cluster=where, folder=choice.folder, resumes=choice.resume)
-            room = plan.concurrency
-            job = Job(space, train, backbone, space.resources.workers, room.cpus_per_worker, room.gpus_per_worker)
-            search = Session(plan, job, data_hash, nodes, own, say)
-            search.open(choice)
+        with planned(space, choice.folder, address, say, resumes=choice.resume) as (plan, nodes):
+            job = Job(space, train, backbone, plan.concurrency)
+            search = Session(plan, job, data_hash, nodes, own, say, address=address)
             try:
+                search.open(choice)
                 if warm is not None:
                     search.warm(warm)
                 return search.run()
             finally:
                 search.close()
+
+
+@contextmanager
+def planned(
+    space: Space, folder: Path, address: str | None, say: Callable[[str], None], *, resumes: bool = False
+) -> Iterator[tuple[Plan, list[dict[str, Any]]]]:
+    """Connected to Ray for the length of the block: the plan for its machines, and these machines.
+
+    Raises:
+        UserError: no cluster answers, it has no room for one trial, or not all of its machines see the results.
+    """
+    say("starting Ray ..." if address is None else f"connecting to Ray at {address} ...")
+    # Ray puts a handler of its own for SIGTERM in the place of ours.
+    with connected(address, workers=space.resources.workers), interruptible():
+        nodes = nodes_with_room(space.resources, address, say)
+        if address is not None and len(nodes) > 1:
+            results = location(folder.parent)
+            if problems := storage_problems(look_at_nodes(results), results):
+                raise UserError(*problems)
+        where = address or "this machine"
+        yield make_plan(space, machines(nodes), cluster=where, folder=folder, resumes=resumes), nodes
 
 
 def with_full_path(space: Space) -> Space:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback
 
-from hpcl.errors import UserError
+from hpcl.errors import StorageError, UserError
 from hpcl.prefix import code_version, prefix_key
 from hpcl.search.asha import StageASHA
 from hpcl.search.clock import StageClock
 from hpcl.search.cluster import logged_to
+from hpcl.search.elastic import Room, alive_nodes, machines
 from hpcl.search.folder import Choice
 from hpcl.search.found import ALL_ENDED, Found, header
 from hpcl.search.interrupt import Draining, ended_by_signals
@@ -22,14 +24,17 @@ from hpcl.search.journal import JOURNAL_NAME, Journal, read_events
 from hpcl.search.lean import Shape, trial_resources
 from hpcl.search.listed import Listed
 from hpcl.search.live import Course, Live, is_terminal, view
+from hpcl.search.mirror import Mirror
 from hpcl.search.monitor import Monitor
-from hpcl.search.plan import DRIVER_CPUS, Plan, shown
+from hpcl.search.places import is_remote, location, shown
+from hpcl.search.plan import DRIVER_CPUS, Plan, counted
 from hpcl.search.prefixes import PrefixNode
 from hpcl.search.progress import Follow, say
 from hpcl.search.queue import Prefixes, WorkQueue, report
 from hpcl.search.record import Record
 from hpcl.search.sampler import JOURNAL_NAME as STUDY_NAME
 from hpcl.search.sampler import Sampler
+from hpcl.search.storage import storage_trouble
 from hpcl.search.store import PrefixStore
 from hpcl.search.tables import Tables
 from hpcl.search.trial import Job, first_line, run_trial
@@ -53,32 +58,54 @@ class Session:
         own: str | None,
         say: Callable[[str], None],
         listed: Listed | None = None,
+        address: str | None = None,
     ) -> None:
         self.plan, self.job, self._data_hash, self._say = plan, job, data_hash, say
         self.space, self.folder = plan.space, plan.folder
         self._own, self._listed = own, listed
         self._record = Record(plan, nodes, own, None if data_hash == NO_DATA else data_hash, given=listed is not None)
         self.draining = Draining()
+        self._held = ExitStack()
         self._course = Course()
+        self._room = self._measure_room(address)
         self._clock = StageClock(self.space.base, self.space.search.clock)
         self._lengths: dict[str, tuple[int, int, int, int, int]] = {}
+
+    def _measure_room(self, address: str | None) -> Room:
+        """Trials at a time: on a cluster it follows the machines that join and leave."""
+        search, room = self.space.search, self.plan.concurrency
+        most = search.trials if search.max_concurrent == "auto" else min(search.trials, search.max_concurrent)
+        if address is None:
+            return Room(room, self.job.workers, most=room.trials)
+        return Room(
+            room,
+            self.job.workers,
+            most=most,
+            ahead=search.ahead,
+            look=lambda: machines(alive_nodes()),
+            changed=lambda have, trials: self._say(f"the cluster has {have} now: {counted(trials, 'trial')} at a time"),
+        )
 
     # ---------------------------------------------------------------- its folder
 
     def open(self, choice: Choice) -> None:
-        """Make the folder, or take in what an earlier process wrote there."""
+        """Make the folder, or take in what an earlier process wrote there; see :meth:`close`."""
+        self._mirror = Mirror(self.folder, new=not choice.resume)
+        self._held.callback(self._mirror.close)
         try:
-            self.folder.mkdir(parents=True, exist_ok=choice.resume)
+            self.folder.mkdir(parents=True, exist_ok=choice.resume or is_remote(self.folder))
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be made ({error.strerror}); choose another with --results or --name"
             ) from None
-        self.journal = Journal(self.folder / JOURNAL_NAME)
+        self.journal = Journal(self.folder / JOURNAL_NAME, self._mirror)
+        self._held.callback(self.journal.close)
         what = "retrained" if self._listed else "searched"
         write(self.folder / "space.yaml", self.space.to_tree(), f"The space as it was {what} in {self.folder.name}.")
         self.tables = Tables(self.folder, self.space, self.journal)
-        for event in read_events(self.folder / JOURNAL_NAME):
-            self.tables.take(event)
+        events = read_events(self.folder / JOURNAL_NAME)
+        self.tables.replay(events)
+        for event in events:
             self._course.take(event)
         room = self.plan.concurrency
         self.tables.session(
@@ -142,8 +169,8 @@ class Session:
             self._say(f"  {text}")
 
     def close(self) -> None:
-        """Give the folder free."""
-        self.journal.close()
+        """Give the folder free; safe to call twice, and where it was not opened."""
+        self._held.close()
 
     # ---------------------------------------------------------------- running
 
@@ -154,16 +181,27 @@ class Session:
         except KeyboardInterrupt:
             self.draining.ask("interrupted", interrupted=True)
         except BaseException as error:
-            self.tables.conclude("failed", first_line(error))
-            self._record.write("failed")
-            raise
-        finally:
-            self.tables.write()
+            if (trouble := storage_trouble(error)) is None:
+                with suppress(StorageError):
+                    self.tables.conclude("failed", first_line(error))
+                    self._record.write("failed")
+                    self.tables.write()
+                raise
+            self.draining.ask(trouble, interrupted=True)
         return self._conclude()
 
     def _tune(self) -> None:
         space, room, draining = self.space, self.plan.concurrency, self.draining
         search, workers = space.search, self.job.workers
+        queue = WorkQueue(
+            self.tables,
+            self.sampler,
+            trials=search.trials,
+            at_a_time=self._room,
+            folder=self.folder,
+            prefixes=self._prefixes(),
+            closed=draining,
+        )
         scheduler = StageASHA(
             search.metric,
             search.mode,
@@ -177,18 +215,10 @@ class Session:
             clock=self._time,
             ledger=self.tables,
             draining=draining,
+            exhausted=lambda: queue.exhausted,
         )
         scheduler.restore(
             self.tables.rungs, ended={t for t, row in self.tables.trials.items() if row["state"] != "running"}
-        )
-        queue = WorkQueue(
-            self.tables,
-            self.sampler,
-            trials=search.trials,
-            at_a_time=room.trials,
-            folder=self.folder,
-            prefixes=self._prefixes(),
-            closed=draining,
         )
         monitor = Monitor(list(space.params), len(self.plan.rungs), search.trials)
         live = Live() if self._say is say and is_terminal() else None
@@ -206,12 +236,11 @@ class Session:
             live=live,
         )
         follow.look_at_budget()
-        alone = {"cpu": room.cpus_per_worker, "gpu": room.gpus_per_worker}
-        group = Shape(workers, room.cpus_per_worker, room.gpus_per_worker)
+        group = Shape(workers, room.worker)
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_trial, job=self.job),
-                alone if workers == 1 else trial_resources(group, DRIVER_CPUS),
+                tune.PlacementGroupFactory([room.worker]) if workers == 1 else trial_resources(group, DRIVER_CPUS),
             ),
             tune_config=tune.TuneConfig(
                 search_alg=queue,
@@ -257,7 +286,7 @@ class Session:
         }
         if job.backbone is not None or self._data_hash == NO_DATA:
             # What a user's own function does is not known: its prefixes are for this search only.
-            environment["search"] = f"{self.folder} {self.tables.sessions[0]['time']}"
+            environment["search"] = f"{location(self.folder)} {self.tables.sessions[0]['time']}"
 
         def key(node: PrefixNode) -> str:
             return prefix_key(self.space.config_for(node.values), node.stage, environment)
@@ -268,25 +297,37 @@ class Session:
     # ---------------------------------------------------------------- its end
 
     def _conclude(self) -> Found:
-        """Choose the best trial and write ``best.yaml`` and ``search.json``."""
+        """Choose the best trial and write all files; where they cannot be written, the search is interrupted."""
         tables, draining = self.tables, self.draining
         if not draining() and (tables.unfinished() or len(tables.trials) < self.space.search.trials):
             draining.ask("interrupted", interrupted=True)  # Tune ended its loop by itself, as it does at SIGUSR1
         state = "interrupted" if draining.interrupted else "failed" if draining.at_once else "finished"
-        reason = draining.reason or ALL_ENDED
-        if state != "interrupted":
-            self.sampler.close_running()
-        tables.conclude(state, reason)
+        found = self._found(state, draining.reason or ALL_ENDED)
+        try:
+            if state != "interrupted":
+                self.sampler.close_running()
+            tables.conclude(state, found.reason)
+            tables.write()
+            if found.best_trial and found.best and not self._listed:
+                write(self.folder / "best.yaml", found.best, header(self.space, found, found.best_trial, self._own))
+            self._record.write(state, found)
+            self._mirror.sync(all_files=True)
+        except StorageError as error:
+            reason = str(error) if found.reason in (ALL_ENDED, "interrupted") else found.reason
+            return replace(found, state="interrupted", reason=reason)
+        return found
+
+    def _found(self, state: str, reason: str) -> Found:
+        tables = self.tables
         best_trial = tables.best()
-        best = self.space.config_for(tables.values[best_trial["trial_id"]]) if best_trial else None
-        found = Found(
+        return Found(
             folder=self.folder,
             trials=sorted(tables.trials.values(), key=lambda trial: trial["number"]),
             epochs=tables.epochs,
             prefixes=list(tables.prefixes.values()),
             epochs_trained=tables.epochs_trained(),
             best_trial=best_trial,
-            best=best,
+            best=self.space.config_for(tables.values[best_trial["trial_id"]]) if best_trial else None,
             chosen_by=tables.chosen_by(),
             seconds=self._record.seconds,
             state=state,
@@ -294,10 +335,6 @@ class Session:
             notes=tables.notes,
             command=self._record.resume_command,
         )
-        if best_trial and best and not self._listed:
-            write(self.folder / "best.yaml", best, header(self.space, found, best_trial, self._own))
-        self._record.write(state, found)
-        return found
 
 
 class _AtTheEnd(tune.Stopper):

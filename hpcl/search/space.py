@@ -229,7 +229,7 @@ def with_overrides(
 
 
 def _is_folder_name(name: Any) -> bool:
-    return isinstance(name, str) and bool(name) and not name.startswith(".") and not re.search(r"[/\\\0]", name)
+    return isinstance(name, str) and name[:1] not in ("", ".") and name.isprintable() and not re.search(r"[/\\]", name)
 
 
 def _line(problem: str) -> tuple[int, int]:

@@ -2,12 +2,12 @@
 
 Only ``journal.jsonl``, ``space.yaml`` and ``search.json`` are read, without Ray and without
 torch, so it answers at once and disturbs nothing. Whether a search runs there is told by
-the lock on its journal, which its process holds and the system takes away when it dies.
+the lock on its journal, which its process holds and the system takes away when it dies; in a
+store by the sign of life that its process renews there (:mod:`hpcl.search.mirror`).
 """
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,17 @@ from typing import Literal
 from rich.console import Console, Group
 from rich.text import Text
 
-from hpcl.errors import UserError
+from hpcl.errors import UserError, harmless
+from hpcl.results import read_object
+from hpcl.search.elastic import machines
 from hpcl.search.forecast import elapsed
-from hpcl.search.journal import JOURNAL_NAME, Event, is_locked, read_events
+from hpcl.search.journal import JOURNAL_NAME, Event, read_events
 from hpcl.search.live import Course, Live, is_terminal, one_line, view
-from hpcl.search.plan import Node, Plan, duration, make_plan, shown
+from hpcl.search.mirror import is_running
+from hpcl.search.places import location, place, shown
+from hpcl.search.plan import Plan, duration, make_plan
 from hpcl.search.space import load
+from hpcl.search.storage import fetch
 from hpcl.search.tables import Tables
 
 WATCH_EVERY = 2.0
@@ -50,26 +55,29 @@ def read(folder: Path) -> Status:
     """What a search's folder says of it now.
 
     Args:
-        folder: ``results/<name>``.
+        folder: ``results/<name>``; for a URI its place (:func:`hpcl.search.places.place`).
 
     Raises:
         UserError: there is no such folder, or no search of this version was run in it.
     """
+    fetch(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give that of a search, results/<name>")
+        raise UserError(f"{location(folder)}: there is no such folder; give that of a search, results/<name>")
     journal = folder / JOURNAL_NAME
     if not journal.is_file():
         old = (folder / "trials.parquet").is_file() or (folder / "search.json").is_file()
         raise UserError(
-            f"{folder}: there is no {JOURNAL_NAME}, so an older version made these results; read its trials.parquet"
+            f"{location(folder)}: there is no {JOURNAL_NAME}, so an older version made these results; read its "
+            "trials.parquet"
             if old
-            else f"{folder}: there is no {JOURNAL_NAME}, so no search was run here; give results/<name>"
+            else f"{location(folder)}: there is no {JOURNAL_NAME}, so no search was run here; give results/<name>"
         )
     # First the lock: a search that ends in between has then written all its events.
-    running = is_locked(journal)
+    running = is_running(folder)
+    fetch(folder)
     events = read_events(journal)
     if not any(event["event"] == "session" for event in events):
-        raise UserError(f"{journal}: no search has begun here yet; look again in a moment, or start it anew")
+        raise UserError(f"{location(journal)}: no search has begun here yet; look again in a moment, or start it anew")
     plan = _plan(folder)
     tables, course = Tables(folder, plan.space), Course()
     tables.replay(events)
@@ -104,19 +112,21 @@ def picture(status: Status, *, now: float | None = None, fits: bool = False) -> 
     if failed := [trial for trial in ended if trial["state"] == "failed"]:
         after.append(f"failed   trial {failed[-1]['trial_id']}: {failed[-1]['stop_reason']}")
     if status.state not in ("running", "finished"):
-        after.append(f"resume   {tables.sessions[-1]['command']}")
+        after.append(f"resume   {tables.sessions[-1].get('command', 'with the command that began it')}")
     beside = len(lines) + len(after) if fits else None
     table = view(tables, status.plan, status.course, now=now, running=running, beside=beside)
-    texts = [one_line(Text(line)) if fits else Text(line) for line in (*lines, *after)]
+    plain = [Text(harmless(line)) for line in (*lines, *after)]
+    texts = [one_line(line) if fits else line for line in plain]
     return Group(*texts[: len(lines)], table, *texts[len(lines) :])
 
 
-def main(folder: Path, *, watch: bool = False) -> None:
-    """Print how the search in a folder stands; with `watch` every two seconds anew, until Ctrl-C.
+def main(where: str | Path, *, watch: bool = False) -> None:
+    """Print how the search in a folder or at a URI stands; with `watch` every two seconds anew, until Ctrl-C.
 
     Raises:
         UserError: as :func:`read`; or `watch` without a terminal.
     """
+    folder = place(where)
     if not watch:
         Console(highlight=False, markup=False, emoji=False).print(picture(read(folder)), soft_wrap=True)
         return
@@ -137,11 +147,10 @@ def _plan(folder: Path) -> Plan:
     """The plan of the search, of its space and the machines that it found."""
     path = folder / "search.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        nodes = [Node(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in record["hardware"]["nodes"]]
-    except (OSError, ValueError, KeyError) as error:
+        nodes = machines([{"Resources": each} for each in read_object(path)["hardware"]["nodes"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: cannot be read ({reason}); a search writes it at its start") from None
+        raise UserError(f"{location(path)}: cannot be read ({reason}); a search writes it at its start") from None
     return make_plan(load(folder / "space.yaml"), nodes, cluster="its cluster", folder=folder.resolve())
 
 

@@ -4,21 +4,27 @@ The key says everything that a prefix depends on (:func:`hpcl.prefix.prefix_key`
 folder of that name is the right one whoever trained it. A prefix is trained in a working
 folder of its search's own and gets its name by one rename when it is complete: a reader
 never sees a part, a crash leaves the working folder to go on from, and of two searches
-that train the same one the first to end gives it its name.
+that train the same one the first to end gives it its name. In a store, where nothing can be
+renamed at once, the table is copied last and says that the rest is there.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpcl.results import epoch_schema, read_rows, write_table, writing
+from hpcl.search.places import is_remote
+from hpcl.search.storage import copy, exists, fetch, push, remove
 
 CHECKPOINT = "checkpoint.pt"
 TABLE = "prefix.parquet"
 """The epochs' rows, with the columns of ``epochs.parquet``."""
+ASK_EVERY = 3.0
+"""Seconds between two questions to a store whether another search has trained a prefix."""
 
 
 class PrefixStore:
@@ -31,6 +37,8 @@ class PrefixStore:
 
     def __init__(self, root: Path, owner: str) -> None:
         self._root, self._owner = root, owner
+        self._asked: dict[str, float] = {}
+        """Key -> when a store was asked for it last."""
 
     def checkpoint(self, key: str) -> Path:
         """The checkpoint that trials go on from."""
@@ -42,10 +50,15 @@ class PrefixStore:
 
     def rows(self, key: str, last_epoch: int) -> list[dict[str, Any]] | None:
         """Its epochs' rows; None where it is not there, or not up to this epoch."""
-        if not self.checkpoint(key).is_file():
+        if is_remote(self._root):
+            if time.monotonic() - self._asked.get(key, -ASK_EVERY) < ASK_EVERY:
+                return None
+            self._asked[key] = time.monotonic()
+            fetch(self._root / key, {TABLE})
+        if not exists(self.checkpoint(key)):
             return None
         try:
-            rows = read_rows(self._root / key / TABLE)
+            rows = read_rows(self._root / key / TABLE, epoch_schema())
         except (OSError, ValueError):  # none there, or none that can be read
             return None
         return rows if rows and rows[-1]["epoch"] == last_epoch else None
@@ -54,6 +67,14 @@ class PrefixStore:
         """Give the complete working folder its name, unless another search was first."""
         work = self.work(key)
         write_table(work / TABLE, rows, epoch_schema())
+        if is_remote(work):
+            copy(work / CHECKPOINT, self.checkpoint(key))
+            (self._root / key).mkdir(exist_ok=True)
+            shutil.move(work / TABLE, self._root / key / TABLE)
+            push(self._root / key, {TABLE})
+            remove(work)
+            self._asked.pop(key, None)
+            return
         with writing(work):
             if self.rows(key, rows[-1]["epoch"]) is not None:
                 shutil.rmtree(work, ignore_errors=True)

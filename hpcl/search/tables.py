@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from hpcl.errors import UserError
 from hpcl.results import EPOCH_COLUMNS, LOWER_IS_BETTER, clean, epoch_schema, trial_schema, write_table
-from hpcl.search.journal import Event, Journal
+from hpcl.search.journal import JOURNAL_NAME, Event, Journal
 from hpcl.search.params import Choice, Int, Param
 from hpcl.search.space import Space
 
@@ -56,7 +57,7 @@ class Tables:
         self.sessions: list[Event] = []
         """Each process that ran the search: its command, when, and what a trial held."""
         self.metric, self.objective = space.search.metric, space.search.objective
-        self._folder, self._journal = folder, journal
+        self._folder, self._journal, self._space = folder, journal, space
         self._kinds = {path: _kind(param) for path, param in space.params.items()}
         self._base = {path: space.base.at(path) for path in space.params}
         self._newest: dict[str, Row] = {}
@@ -134,10 +135,31 @@ class Tables:
         """The search itself ended: finished, interrupted or failed."""
         self._happened("state", sync=True, state=state, reason=reason)
 
+    def sync(self) -> None:
+        """All that has happened is on disk when this returns, and in the store where there is one."""
+        if self._journal is not None:
+            self._journal.sync()
+
     def replay(self, events: Iterable[Event]) -> None:
-        """Take in events of an earlier process, in order."""
+        """Take in events of an earlier process, in order.
+
+        Raises:
+            UserError: a trial has values that no trial can have: the journal is another space's, or damaged.
+        """
         for event in events:
+            if event["event"] == "trial":
+                self._check(event)
             self.take(event)
+
+    def _check(self, event: Event) -> None:
+        try:
+            self._space.config_for(event["values"])
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            why = next(iter(str(error).splitlines()), "")
+            raise UserError(
+                f"{self._folder / JOURNAL_NAME}: trial {event['trial']} has values that no configuration has ({why}); "
+                "put a copy back, or leave this folder aside (--fresh, or another --name)"
+            ) from None
 
     def _happened(self, event: str, *, sync: bool = False, **facts: Any) -> None:
         if self._journal is None:

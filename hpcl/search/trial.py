@@ -7,13 +7,14 @@ Several workers: a worker group (:mod:`hpcl.search.lean`). Every epoch rank 0 ha
 row to the trial and all ranks wait for Tune's answer, so a stopped trial trains no epoch
 beyond the one it was stopped at.
 
-A trial's folder is ``trials/<trial id>/`` whatever process runs it: a retry of the
-same trial finds the checkpoint there and goes on. A prefix that trials share is trained
-in the same way, up to the end of its last stage.
+A trial's folder is ``trials/<trial id>/`` whatever process runs it (:mod:`hpcl.search.work`):
+a retry of the same trial finds the checkpoint there and goes on. A prefix that trials share
+is trained in the same way, up to the end of its last stage.
 """
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ from ray import tune
 from ray.train.torch import TorchTrainer
 
 from hpcl.config import Config
-from hpcl.errors import UserError
+from hpcl.errors import StorageError, UserError
 from hpcl.results import write_text
-from hpcl.search.failures import out_of_memory_advice, repeated
+from hpcl.search.failures import machine_lost, out_of_memory_advice, repeated
 from hpcl.search.lean import run_group
+from hpcl.search.places import place, told
+from hpcl.search.plan import Concurrency
 from hpcl.search.space import Space
+from hpcl.search.storage import drop, fetch, push, remove
+from hpcl.search.work import begin, bring, keep, see, unreported
 from hpcl.validation import validation_problems
 
 Row = dict[str, Any]
@@ -40,6 +45,8 @@ result is not used."""
 
 ERROR_FILE = "error.txt"
 """In a failed trial's folder: the error's first line, the epoch it came after, then the traceback of a bug."""
+STORAGE = "storage"
+"""`state` that a trial reports which cannot save; `reason` says why. The search then ends, to be gone on with."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,22 @@ class Job:
     space: Space
     train: TrainFunction
     backbone: Callable[[], Any] | None
-    workers: int
-    cpus: float
-    """CPUs of one worker."""
-    gpus: float
-    """GPUs of one worker."""
+    room: Concurrency
+
+    @property
+    def workers(self) -> int:
+        """Processes that train a trial together."""
+        return self.space.resources.workers
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of one worker."""
+        return self.room.cpus_per_worker
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of one worker."""
+        return self.room.gpus_per_worker
 
 
 def run_trial(given: dict[str, Any], job: Job) -> None:
@@ -62,42 +80,63 @@ def run_trial(given: dict[str, Any], job: Job) -> None:
     A user's mistake (data that do not fit the configuration), memory that does not suffice and an
     error that came back at the same epoch end the trial as failed at once: another try would
     meet it again. Any other exception is raised, so that Tune tries again in a fresh process.
+    Where nothing can be saved the trial has not failed: it goes on when the search does.
 
     Args:
-        given: see :class:`hpcl.search.queue.WorkQueue`: `trial`, `values`, `folder`, `fork`, `until`.
+        given: see :class:`hpcl.search.queue.WorkQueue`.
         job: what all trials share.
     """
-    folder = Path(given["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    before = read_error(folder)
-    (folder / ERROR_FILE).unlink(missing_ok=True)
+    tune.report({"begun": True})  # whose process this is: a trial that hangs is killed from outside
+    try:
+        _run(given, job)
+    except StorageError as error:
+        tune.report({"state": STORAGE, "reason": str(error)})
+    finally:
+        drop(place(given["folder"]))
+
+
+def _run(given: dict[str, Any], job: Job) -> None:
+    folder = begin(given)
+    fetch(folder, {ERROR_FILE})
+    if before := read_error(folder):
+        remove(folder / ERROR_FILE)
     newest = 0
     config: Config | None = None
 
     def report(row: Row) -> None:
         nonlocal newest
+        for earlier in unreported(given, newest, row["epoch"]):
+            report_to_tune(earlier)
         newest = row["epoch"]
         report_to_tune(row)
+
+    def failed(error: BaseException) -> None:
+        see(given)  # else it may have failed for want of its files
+        write_error(folder, error, newest)
+        push(folder, {ERROR_FILE})
 
     try:
         config = make_config(given["values"], job)
         options = {
             "objective": job.space.search.objective if given["until"] is None else None,
             "backbone": job.backbone,
-            "fork": given["fork"] and Path(given["fork"]),
             "until_stage": given["until"],
         }
         if job.workers == 1:
-            _train_here(config, folder, job, report, options)
+            _train_here(config, given, job, report, options)
         else:
-            _train_in_group(config, folder, job, report, options)
+            _train_in_group(config, given, job, report, options)
+    except StorageError:
+        raise
     except UserError as error:
-        write_error(folder, error, newest)
+        failed(error)
         tune.report({"state": "failed"})
     except Exception as error:
         advice = out_of_memory_advice(error, config, job.gpus) if config else None
-        write_error(folder, UserError(advice) if advice else error, newest)
-        if advice is None and not (before and repeated(first_line(error), before[0], newest, before[1])):
+        failed(UserError(advice) if advice else error)
+        line = first_line(error)
+        again = machine_lost(line) or not (before and repeated(line, before[0], newest, before[1]))
+        if advice is None and again:
             raise
         tune.report({"state": "failed"})
 
@@ -128,17 +167,18 @@ def write_error(folder: Path, error: BaseException, epoch: int) -> None:
     mistake = isinstance(error, UserError)
     first, *more = str(error).splitlines() if mistake else [first_line(error)]
     lines = [first, f"after epoch {epoch}", *more, *([] if mistake else ["", trace.rstrip()])]
-    write_text(folder / ERROR_FILE, "\n".join(lines) + "\n")
+    write_text(folder / ERROR_FILE, told("\n".join(lines) + "\n"))
 
 
 def read_error(folder: Path) -> tuple[str, int] | None:
     """First line and epoch of the error in a trial's folder; None where there is none."""
     try:
-        lines = (folder / ERROR_FILE).read_text(encoding="utf-8").splitlines()
+        lines = (folder / ERROR_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return None
-    epoch = lines[1].removeprefix("after epoch ") if len(lines) > 1 else ""
-    return lines[0], int(epoch) if epoch.isdecimal() else -1
+    first, epoch, *_ = [*lines, "", ""]
+    number = re.fullmatch(r"after epoch (\d{1,9})", epoch)
+    return first, int(number[1]) if number else -1
 
 
 def first_line(error: BaseException) -> str:
@@ -161,27 +201,27 @@ def use_threads(cpus: float) -> None:
     torch.set_num_threads(max(1, int(cpus + 0.1)))
 
 
-def _train_here(config: Config, folder: Path, job: Job, report: Callable[[Row], None], options: dict[str, Any]) -> None:
-    def loop() -> None:
-        use_threads(job.cpus)
-        job.train(config, folder, report=report, **options)
-
+def _train_here(
+    config: Config, given: dict[str, Any], job: Job, report: Callable[[Row], None], options: dict[str, Any]
+) -> None:
+    folder = place(given["folder"])
+    payload = {"config": config, "given": given, "job": job, "options": options}
     TorchTrainer(
-        loop,
+        lambda: _worker(payload, report),
         scaling_config=ray_train.ScalingConfig(num_workers=0),
         run_config=ray_train.RunConfig(name=folder.name, storage_path=str(folder.parent)),
     ).fit()
 
 
 def _train_in_group(
-    config: Config, folder: Path, job: Job, report: Callable[[Row], None], options: dict[str, Any]
+    config: Config, given: dict[str, Any], job: Job, report: Callable[[Row], None], options: dict[str, Any]
 ) -> None:
+    folder = place(given["folder"])
     run_group(
         _worker,
-        {"config": config, "folder": folder, "job": job, "options": options},
+        {"config": config, "given": given, "job": job, "options": options},
         workers=job.workers,
-        cpus=job.cpus,
-        gpus=job.gpus,
+        holds=job.room.worker,
         name=folder.name,
         storage_path=str(folder.parent),
         on_row=report,
@@ -189,7 +229,20 @@ def _train_in_group(
 
 
 def _worker(payload: dict[str, Any], report: Callable[[Row], None]) -> None:
-    """One rank of a worker group."""
-    job: Job = payload["job"]
+    """One rank, in its own process where there are several; rank 0 writes the trial's files."""
+    job, given = payload["job"], payload["given"]
     use_threads(job.cpus)
-    job.train(payload["config"], payload["folder"], report=report, **payload["options"])
+    folder, fork = bring(given)
+    leads = job.workers == 1 or ray_train.get_context().get_world_rank() == 0
+
+    def report_saved(row: Row) -> None:
+        if leads:
+            keep(given)
+        report(row)
+
+    try:
+        job.train(payload["config"], folder, report=report_saved, fork=fork, **payload["options"])
+        if leads:
+            keep(given)
+    finally:
+        drop(folder)

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 from hpcl.config import Config
 from hpcl.errors import UserError
-from hpcl.results import read_rows
+from hpcl.results import read_object, read_rows
 from hpcl.search import space as spaces
 from hpcl.search.params import Choice, Param, same
+from hpcl.search.places import location, place
 from hpcl.search.space import Space
+from hpcl.search.storage import fetch
 from hpcl.validation import field_paths, show
 
 _NO_MATTER = ("seed", "runtime.", "clusters.backend")
@@ -70,7 +72,7 @@ def read_warm(
     """The finished trials of results folders that fit a space.
 
     Args:
-        folders: each with ``trials.parquet`` and ``space.yaml``; a folder given twice counts once.
+        folders: paths or URIs, each with ``trials.parquet`` and ``space.yaml``; a folder given twice counts once.
         space: what is searched now.
         data_hash: hash of the images, compared with ``data_hash`` in ``search.json``; where one
             of the two is not known, `data.source` must be the same and is taken on trust.
@@ -82,7 +84,7 @@ def read_warm(
     earlier: list[_Earlier] = []
     problems: list[str] = []
     named: dict[Path, Path] = {}
-    for folder in map(Path, folders):
+    for folder in map(place, folders):
         named.setdefault(folder.resolve(), folder)
     for folder in named.values():
         try:
@@ -99,23 +101,31 @@ def read_warm(
 
 def _read(folder: Path) -> _Earlier:
     table = folder / "trials.parquet"
+    fetch(folder, {"trials.parquet", "space.yaml", "search.json"})
     for path in (folder, folder / "space.yaml", table):
         if not path.exists():
-            raise UserError(f"--warm-from {folder}: {path} is missing; give the folder of a search (results/<name>)")
+            raise UserError(
+                f"--warm-from {location(folder)}: {location(path)} is missing; give the folder of a search, "
+                "results/<name>"
+            )
     space = spaces.load(folder / "space.yaml")
     try:
         rows = sorted(read_rows(table), key=lambda row: int(row["number"]))
-        trials = [{**row, "values": _values(row, space)} for row in rows]
-    except (OSError, ValueError, KeyError) as error:
+        trials = [
+            {"trial_id": str(row["trial_id"]), "state": str(row["state"]), "values": _values(row, space)}
+            | {"metric": None if row["metric"] is None else float(row["metric"])}
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--warm-from {folder}: {table} is damaged, or is not of the space in its space.yaml ({error}); "
-            "leave the folder out"
+            f"--warm-from {location(folder)}: {location(table)} is damaged, or is not of the space in its space.yaml "
+            f"({error}); leave the folder out"
         ) from None
     try:
-        facts = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+        facts = read_object(folder / "search.json")
     except (OSError, ValueError):
         facts = {}
-    return _Earlier(folder, space, trials, facts if isinstance(facts, dict) else {})
+    return _Earlier(folder, space, trials, facts)
 
 
 def _values(row: dict[str, Any], space: Space) -> dict[str, Any]:
@@ -134,7 +144,7 @@ def _value(cell: Any, param: Param, base: Any) -> Any:
 
 def _take(warm: Warm, earlier: _Earlier, space: Space, data_hash: str | None, backbone: str | None) -> None:
     """Add a folder's trials, or why they are left out."""
-    name = earlier.folder
+    folder, name = earlier.folder, location(earlier.folder)
     ended = Counter(trial["state"] for trial in earlier.trials if trial["state"] != "finished")
     if ended:
         states = ", ".join(f"{count} {state}" for state, count in ended.items())
@@ -156,7 +166,7 @@ def _take(warm: Warm, earlier: _Earlier, space: Space, data_hash: str | None, ba
         elif value is None or not math.isfinite(value):
             reasons.setdefault((space.search.metric, "no number"), []).append(value)
         else:
-            warm.points.append(Point(values, value, str(name.resolve() / "trials" / trial["trial_id"])))
+            warm.points.append(Point(values, value, location(folder.resolve() / "trials" / trial["trial_id"])))
     for (path, why), found_values in reasons.items():
         warm.skipped.append(f"{_trials(len(found_values))} of {name}: {path} {_listed(found_values)} {why}")
     if _on_trust(earlier, data_hash) and space.base.data.source != "mnist5k":
