@@ -345,7 +345,7 @@ def nearest_centroid_search(backend: str, device: torch.device) -> Nearest:
         return _nearest_torch
     try:
         import faiss
-    except ImportError:
+    except (ImportError, RuntimeError):  # faiss-gpu without CUDA's libraries raises the latter
         if backend == "auto":
             return _nearest_torch
         raise UserError(

@@ -128,11 +128,16 @@ def _connect(address: str | None, options: dict[str, Any]) -> None:
     except UserError:
         raise
     except Exception as error:  # Ray raises many kinds, plain Exception among them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()[:60]) or type(error).__name__
         if address is None:
             raise UserError(
                 f"Ray did not start on this machine ({reason}); nothing was changed, give the command again"
             ) from error
+        if type(error).__name__ == "AuthenticationError":
+            raise UserError(
+                f"--address {address}: the cluster there asks for a token, and this machine has none or another one; "
+                "copy the head's ~/.ray/auth_token to the same place here, and set RAY_AUTH_MODE=token"
+            ) from None
         raise UserError(f"--address {address}: no Ray cluster answers there ({reason})") from None
 
 

@@ -252,6 +252,7 @@ class Follow(tune.Callback):
         if not path.is_file():
             source = Path(trial.error_file) if trial.error_file else None
             text = source.read_text(errors="replace") if source and source.is_file() else ""
+            text = text[max(text.rfind("Failure #"), 0) :]  # those of earlier attempts come first
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             lines = [line for line in lines if not line.startswith("Failure #")] or ["no reason known"]
             # A traceback ends with its error; Ray's account of a lost process begins with it.
