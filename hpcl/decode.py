@@ -27,7 +27,9 @@ from hpcl.errors import UserError
 _Pixels = npt.NDArray[np.uint8]
 
 _BLOCK = 1024
-"""Images held in memory in encoded form at a time."""
+"""Images held in memory in encoded form at a time, at most."""
+_BYTES = 2**28
+"""Of encoded images after which no more are held."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 """What is read, as Pillow names it, whatever a file's name ends with."""
 MOST_PIXELS = 80_000_000
@@ -147,11 +149,13 @@ def _pixels(item: Item, size: int | None) -> _Pixels | str:
 
 def _blocks(items: Iterator[Item], length: int) -> Iterator[list[Item]]:
     block: list[Item] = []
+    held = 0
     for item in items:
         block.append(item)
-        if len(block) == length:
+        held += len(item.content) if isinstance(item.content, bytes) else 0
+        if len(block) == length or held > _BYTES:
             yield block
-            block = []
+            block, held = [], 0
     if block:
         yield block
 

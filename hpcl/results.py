@@ -7,6 +7,7 @@ null, never 0 and never NaN. Nothing here needs torch, ray or optuna.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -110,6 +111,8 @@ RETRAIN_COLUMNS: tuple[Column, ...] = (
 
 TIME_COLUMNS = ("seconds", "seconds_cluster", "seconds_train", "seconds_meters", "images_per_second", "arrival")
 """Epoch columns that differ between two runs of the same seed."""
+
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
 
 LOWER_IS_BETTER = frozenset({"nce_ref", "loss", "loss_inst", "loss_proto"})
 """Curves where a smaller value is the better one."""
@@ -230,7 +233,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error}); free space there, or give another folder") from error
+        # Folders are made before they are written into: one that is missing was taken away meanwhile.
+        advice = "was its disk unmounted? Bring it back" if error.errno in _GONE else "free space there"
+        raise StorageError(f"{path}: cannot be written ({error}); {advice}, or give another folder") from error
 
 
 @contextmanager

@@ -41,7 +41,7 @@ _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 _KINDS = "mnist5k, a folder of images, a Parquet file, a folder of Parquet files, or an Arrow file this project wrote"
 _ROWS = 1024
 """Parquet rows held in memory in encoded form at a time, at most."""
-_BYTES = 2**31
+_BYTES = 2**29
 """What those rows may take, should each be as large as all values of its part of the file: a dictionary in
 the file has a value once that may stand in every row."""
 

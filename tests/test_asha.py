@@ -596,3 +596,34 @@ def test_a_search_killed_at_any_moment_decides_as_an_unbroken_one(
 def test_finite_takes_numbers_only() -> None:
     assert finite(np.float32(0.5)) == 0.5 and finite(3) == 3.0
     assert all(finite(x) is None for x in (None, True, "1", float("nan"), -float("inf"), [1.0]))
+
+
+def test_a_free_process_goes_to_the_newest_trial_and_never_to_one_whose_own_is_starting() -> None:
+    """Tune gives the process of an ended trial to the trial that the scheduler names."""
+    trials: list[SimpleNamespace] = []
+    freed: list[bool] = []
+    inside = SimpleNamespace(_cleanup_cached_actors=lambda force_all: freed.append(force_all))
+    tune_controller: Any = SimpleNamespace(get_trials=lambda: trials, _tune_controller=inside)
+    left = [1]
+    scheduler = StageASHA(
+        "acc", "max", total=10, grace=2, factor=2, clock=lambda trial, epoch: epoch, ledger=None,  # type: ignore[arg-type]
+        exhausted=lambda: not left,
+    )  # fmt: skip
+
+    def named() -> str | None:
+        chosen = scheduler.choose_trial_to_run(tune_controller)
+        return chosen.trial_id if chosen else None
+
+    assert named() is None and not freed
+    trials += [SimpleNamespace(trial_id=name, status="PENDING") for name in "abc"]
+    assert named() == "a"  # all drawn at once: the first one first, which is the base
+    assert named() == "c"  # a and b have asked for processes of their own
+    trials[2].status = "RUNNING"
+    assert named() == "b"
+    trials.append(SimpleNamespace(trial_id="d", status="PENDING"))
+    assert named() == "d"
+    left.clear()
+    assert named() == "d" and not freed
+    for trial in trials:
+        trial.status = "RUNNING"
+    assert named() is None and freed == [True]

@@ -275,23 +275,22 @@ def test_the_slurm_script_asks_slurm_for_what_it_relies_on() -> None:
 
 STUBS = {
     # One node, as a task of srun: its process is the node's shell.
-    "srun": 'export SLURM_NODEID=0; exec bash -c "${@: -1}"',
+    "srun": 'export SLURM_NODEID=0; echo $$ > "$STAGE/step"; exec bash -c "${@: -1}"',
     "squeue": 'cat "$STAGE/state"',
     "scontrol": 'echo "scontrol $*" >> "$STAGE/said"',
     "ray": """
         if [[ $1 == health-check ]]; then exec test -e "$STAGE/up"; fi
         echo "ray $*" >> "$STAGE/said"; env | grep ^RAY_AUTH >> "$STAGE/said"
         [[ -z ${BROKEN-} ]] || exit 1
-        trap 'echo "ray ended" >> "$STAGE/said"; exit' TERM
-        touch "$STAGE/up"; while true; do sleep 0.1; done""",
+        echo $$ > "$STAGE/ray"; touch "$STAGE/up"; while true; do sleep 0.1; done""",
     "python": f"""
         case "$*" in
             *get_node_ip_address*) echo 127.0.0.1 ;;
             run_search.py*)
                 echo "search $*" >> "$STAGE/said"
                 [[ -z ${{LONG-}} ]] || {{
-                    trap 'echo "search told" >> "$STAGE/said"; told=yes' TERM
-                    touch "$STAGE/searching"
+                    trap 'kill -0 $(cat "$STAGE/ray") && echo "search told, Ray there" >> "$STAGE/said"; told=yes' INT
+                    echo $$ > "$STAGE/searching"
                     until [[ -n ${{told-}} ]]; do sleep 0.1; done
                     sleep 0.5; exit 130; }} ;;
             *) exec {sys.executable} "$@" ;;
@@ -334,9 +333,11 @@ class Job:
 
     def end(self) -> tuple[int, list[str]]:
         """The script's exit code, and what the stand-ins said."""
-        printed = self.process.communicate(timeout=60)[0]
-        print(printed)
+        print(self.process.communicate(timeout=60)[0])
         assert not list(Path("/tmp").glob(f"hpcl-t{os.getpid()}-*"))
+        for process in ("step", "ray", "searching"):
+            if (self.folder / process).exists():
+                assert not Path("/proc", (self.folder / process).read_text().strip()).exists()
         return self.process.returncode, self.said.read_text().splitlines()
 
 
@@ -352,20 +353,24 @@ def test_a_slurm_job_runs_ray_and_the_search_and_cleans_up(tmp_path: Path) -> No
     assert "RAY_AUTH_MODE=token" in said and any(re.fullmatch(r"RAY_AUTH_TOKEN=[0-9a-f]{64}", line) for line in said)
     (search,) = (line for line in said if line.startswith("search"))
     assert search == f"search run_search.py --space a space.yaml --address 127.0.0.1:{start['port']}"
-    assert said.index(search) < said.index("ray ended") and not any("scontrol" in line for line in said)
+    assert not any("scontrol" in line for line in said)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_slurm_job_that_is_asked_to_end_ends_gently_and_queues_again(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("how", ["the time is nearly over", "another job wants the nodes"])
+def test_a_slurm_job_that_is_asked_to_end_ends_gently_and_queues_again(tmp_path: Path, how: str) -> None:
     job = Job(tmp_path, LONG="yes")
     job.wait_for("searching")
     for _ in range(3):  # Slurm may say it more than once; a second word would end the search at once
-        job.process.send_signal(number)
+        if how == "the time is nearly over":
+            job.process.send_signal(signal.SIGUSR1)
+        else:  # every process of the step, and of the script, gets it
+            for process in ("step", "ray", "searching"):
+                os.kill(int((tmp_path / process).read_text()), signal.SIGTERM)
         time.sleep(0.1)
     code, said = job.end()
     assert code == 130
-    told = [line for line in said if line in ("search told", "ray ended") or line.startswith("scontrol")]
-    assert told == ["search told", "ray ended", f"scontrol requeue t{os.getpid()}"]
+    told = [line for line in said if line.startswith(("search told", "scontrol"))]
+    assert told == ["search told, Ray there", f"scontrol requeue t{os.getpid()}"]
 
 
 def test_a_slurm_job_that_is_cancelled_does_not_queue_again(tmp_path: Path) -> None:
@@ -374,7 +379,7 @@ def test_a_slurm_job_that_is_cancelled_does_not_queue_again(tmp_path: Path) -> N
     job.state("COMPLETING")
     job.process.terminate()
     code, said = job.end()
-    assert code == 130 and "search told" in said and not any("scontrol" in line for line in said)
+    assert code == 130 and "search told, Ray there" in said and not any("scontrol" in line for line in said)
 
 
 def test_a_slurm_job_without_ray_ends_with_an_error(tmp_path: Path) -> None:

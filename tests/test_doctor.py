@@ -186,9 +186,9 @@ def test_what_is_amiss_is_said_with_what_to_do(changes: dict[str, Any], level: s
 @pytest.mark.parametrize(
     ("disk", "level", "words"),
     [
-        ({"free": 5 * 10**8}, "fault", r"0.5 of 200 GB free for results \(/x\) -> free space there, or move"),
+        ({"free": 5 * 10**8}, "fault", r"0.5 of 200 GB free for results \(/x\) -> free space there, or name"),
         ({"files_left": False}, "fault", "no file can be made any more"),
-        ({"total": 0}, "fault", "/x\\): no files can be kept there -> give another"),
+        ({"total": 0}, "fault", "/x\\): no files can be kept there -> name another place: --results, HPCL_CACHE"),
         ({"free": 4 * GB}, "note", "4.0 of 200 GB free"),
         ({"free": 8 * GB, "holds": "Ray's own files"}, "note", "over 95 % full"),
         ({"writable": False, "holds": "decoded images"}, "fault", "/x cannot be written .* -> .*HPCL_CACHE"),

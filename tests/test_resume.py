@@ -61,13 +61,13 @@ def start(arguments: list[str], pause: float = 0.15) -> subprocess.Popen[str]:
     )
 
 
-def until(process: subprocess.Popen[str], beginning: str, times: int = 1) -> str:
-    """What it prints, up to the line with this beginning (the nth)."""
+def until(process: subprocess.Popen[str], beginning: str, times: int = 1, word: str = "") -> str:
+    """What it prints, up to the line with this beginning and this word (the nth)."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)
-        times -= line.startswith(beginning)
+        times -= line.startswith(beginning) and word in line
         if not times:
             return "".join(lines)
     raise AssertionError("".join(lines))
@@ -85,7 +85,7 @@ class Story:
         """The journal's trials' states after each of the first three."""
 
         first = start(self.command)
-        self.first = until(first, "[")
+        self.first = until(first, "[", word=" finished ")
         first.send_signal(signal.SIGINT)
         self.first += first.communicate(timeout=300)[0]
         self.first_code = first.returncode

@@ -23,6 +23,7 @@ from hpcl.search.folder import choose_folder
 from hpcl.search.journal import JOURNAL_NAME, Journal, read_events
 from hpcl.search.mirror import Lease, Mirror, is_running
 from hpcl.search.places import is_remote, location, place, shown, told
+from hpcl.search.sampler import Sampler
 from hpcl.search.status import read
 from hpcl.search.store import PrefixStore
 from hpcl.search.work import bring, keep, unreported
@@ -180,7 +181,6 @@ def test_what_has_changed_is_brought_again(root: Path) -> None:
     inode = (folder / "a").stat().st_ino
     storage.fetch(folder)
     assert (folder / "a").stat().st_ino == inode
-    assert sorted(storage.folders(root)) == ["other", "t"]
 
 
 def test_packages_of_fsspec_serve_too() -> None:
@@ -189,7 +189,7 @@ def test_packages_of_fsspec_serve_too() -> None:
     storage.copy(folder / "a", folder / "b")
     assert sorted(path.name for path in again(folder).iterdir()) == ["a", "b", "checkpoint.pt"]
     storage.remove(folder / "a")
-    assert not storage.exists(folder / "a") and storage.folders(folder.parent) == ["t"]
+    assert not storage.exists(folder / "a") and storage.exists(folder / "b")
 
 
 def test_a_store_that_does_not_answer_is_told(server: Server, root: Path) -> None:
@@ -352,7 +352,11 @@ def test_a_search_at_a_uri_is_found_again_or_left_alone(uri: str, root: Path) ->
     assert (choice.folder, choice.resume) == (root / "mine", True)
     assert not (root / "mine-other").exists()  # no number: another search, which is none of its business
     assert choose_folder(space, None, uri, fresh=True).folder == root / "mine-2"
-    storage.drop(root)
+    publish(leave(root / "mine-4", space, "interrupted"))
+    storage.remove(root / "mine")
+    assert choose_folder(space, None, uri).folder == root / "mine-4"
+    storage.remove(root / "mine-4")
+    publish(leave(root / "mine", space, "interrupted"))
     with pytest.raises(UserError, match=f"^{uri.partition('?')[0]}/mine.*holds an unfinished search of another space"):
         choose_folder(space_of("clusters.first: {int: [2, 16]}"), None, uri)
     sign_of(root / "mine")
@@ -491,6 +495,14 @@ def test_a_journal_whose_folder_is_gone_is_not_written_on(tmp_path: Path) -> Non
     journal.append("note", text="found")
     journal.close()
     assert [event["text"] for event in read_events(folder / JOURNAL_NAME)] == ["first", "found"]
+
+
+def test_a_study_whose_folder_is_gone_says_so_too(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "mine")
+    sampler = Sampler(space_of(), startup=2, journal=folder / "optuna.journal")
+    shutil.rmtree(folder)
+    with pytest.raises(StorageError, match=r"optuna\.journal: cannot be written .*; was its disk unmounted\?"):
+        sampler.ask(0)
 
 
 def test_the_trouble_is_found_inside_what_ray_raises() -> None:

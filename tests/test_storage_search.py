@@ -138,11 +138,11 @@ def test_a_search_in_a_store_goes_on_from_another_machine(server: Server, tmp_pa
     assert code == 0, said
     assert f"going on with {at(uri, 'mine')}: " in said and "Traceback" not in said
     check_whole(folder)
-    prefixes = [event for event in read_events(folder / JOURNAL_NAME) if event["event"] == "row"]
-    shared = Counter(e["row"]["epoch"] for e in prefixes if e["trial"].startswith("prefix-"))
-    assert shared and set(shared.values()) == {1}  # trained once, by one of the two
-    state = storage.folders(folder)
-    assert "trials" in state and "tune" not in state and "running" not in state
+    rows = [event for event in read_events(folder / JOURNAL_NAME) if event["event"] == "row"]
+    shared = Counter((row["trial"], row["row"]["epoch"]) for row in rows if row["trial"].startswith("prefix-"))
+    assert len(shared) == 12 and set(shared.values()) == {1}  # six epochs each of two, by one process or the other
+    storage.fetch(folder, deep=True)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"trials"}  # no sign of life, nothing of Tune's
 
 
 def outage(tmp_path: Path, results: str, break_it: Callable[[], Any], mend_it: Callable[[], Any]) -> str:

@@ -15,9 +15,8 @@ Where to look:
     which trial is stopped  asha, clock, monitor (is the curve a curve?)
     a trial                 trial (what runs inside Tune), lean and rendezvous (worker groups), failures, hung
     machines                cluster (Ray itself), elastic (they join and leave), nodes (what each of them says)
-    where results lie       places (a path, or a URI), storage (files to and fro), mirror (the driver's), work (a trial's)
     where results lie       places (paths and URIs), storage (to and fro), work (a trial's files), mirror (the driver's)
-    what is known           journal and events (all that happened), tables (made of it), record (search.json), found (the end)
+    what is known           journal and events (all of it), tables (made of it), record (search.json), found (the end)
     what is seen            progress, live (the table in a terminal), forecast, status, interrupt (Ctrl-C)
     afterwards              retrain, retrained (what it says), listed, evidence
     what is amiss           doctor; probe and facts (what is seen), diagnosis and agreement (what it means)

@@ -131,6 +131,8 @@ class StageASHA(AsyncHyperBandScheduler):
         self._clock, self._ledger, self._draining, self._exhausted = clock, ledger, draining, exhausted
         self._over: dict[str, str] = {}
         """Trial id -> the answer to whatever a trial that has ended still reports."""
+        self._waited: set[str] = set()
+        """Tune's ids of the trials that have waited for a process."""
         self._owed: dict[str, str] = {}
         """Trial id -> why it is to be stopped: decided, but the search broke off before the ledger had it."""
 
@@ -185,18 +187,20 @@ class StageASHA(AsyncHyperBandScheduler):
         return self._over.get(trial_id) or (STOP if self._draining() else CONTINUE)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
-        """The newest trial that waits; besides, frees what Tune keeps of ended trials where no next one comes.
+        """The first trial that has just been drawn, else the newest that waits; None where none does.
 
         Tune gives the process of a trial that has ended to this one. Given to the oldest, as
         Ray's schedulers would have it, it takes the place of a process that is just starting
         for that one: with short trials a machine that has joined would never get one.
 
-        Tune keeps one trial's process with its place until the search has ended, for a
-        searcher that may still suggest something.
+        Besides, frees what Tune keeps of ended trials where no next one comes: one process
+        with its place, until the search has ended, for a searcher that may still suggest something.
         """
         trials = tune_controller.get_trials()  # type: ignore[no-untyped-call]
         waiting = [trial for trial in trials if trial.status == "PENDING"]
-        chosen = waiting[-1] if waiting else None
+        drawn = [trial for trial in waiting if trial.trial_id not in self._waited]
+        self._waited.update(trial.trial_id for trial in drawn)
+        chosen = drawn[0] if drawn else waiting[-1] if waiting else None
         if chosen is None and self._exhausted():
             with suppress(AttributeError):  # inside Ray; kept a while longer where it looks different
                 tune_controller._tune_controller._cleanup_cached_actors(force_all=True)  # type: ignore[attr-defined]

@@ -255,13 +255,13 @@ def disks(machine: Machine) -> list[Finding]:
 
 
 def _disk(disk: Disk, what: str, *, rays: bool) -> Finding:
+    how = "name another place: --results, HPCL_CACHE or RAY_TMPDIR"
     if not disk.total:
-        return Finding("fault", "disk", f"{what}: no files can be kept there", "give another folder")
+        return Finding("fault", "disk", f"{what}: no files can be kept there", how)
     free = f"{disk.free / GB:.1f} of {disk.total / GB:.0f} GB free for {what}"
     if disk.free < GB or not disk.files_left:
         lacks = free if disk.files_left else f"no file can be made any more (no inodes) for {what}"
-        how = "free space there, or move them: --results, HPCL_CACHE, RAY_TMPDIR"
-        return Finding("fault", "disk", lacks, how)
+        return Finding("fault", "disk", lacks, f"free space there, or {how}")
     if rays and disk.free < 0.05 * disk.total:
         text = f"{free}: over 95 % full, where Ray stops to put objects on disk"
         return Finding("note", "disk", text, "free space there, or move Ray's files: RAY_TMPDIR")

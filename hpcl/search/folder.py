@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from hpcl.search.params import Param, Resources, Search, same
 from hpcl.search.places import is_remote, place, shown
 from hpcl.search.prefixes import PrefixPlan, plan_prefixes
 from hpcl.search.space import Space, load, with_overrides
-from hpcl.search.storage import fetch, folders
+from hpcl.search.storage import drop, fetch
 from hpcl.validation import field_paths, show
 
 SPACE_NAME, RECORD_NAME = "space.yaml", "search.json"
@@ -39,6 +39,10 @@ MAY_DIFFER = frozenset(
     | {"resources.cpus_per_worker", "resources.gpus_per_worker", "resources.accelerator_type"}
 )
 """Fields that may change when a search goes on: they do not change what a trial trains or how it is judged."""
+
+
+_MISSING = 4
+"""Numbers in a row that a store has no search of before no more are looked for."""
 
 
 @dataclass(frozen=True)
@@ -236,26 +240,29 @@ def _exists(folder: Path) -> bool:
 
 def _free(first: Path) -> Path:
     """The folder itself, or the first with a number behind its name that is not there."""
-    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([first], others) if not _exists(folder))
+    return next(folder for folder in itertools.chain([first], _with_numbers(first)) if not _exists(folder))
+
+
+def _with_numbers(first: Path) -> Iterator[Path]:
+    return (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
 
 
 def _numbered(first: Path) -> list[Path]:
     """Folders with this name and a number behind it."""
+    pattern = re.compile(re.escape(first.name) + r"-[1-9]\d*")
     siblings = first.parent.iterdir() if first.parent.is_dir() else ()
-    return [folder for folder in siblings if folder.is_dir() and _with_number(first).fullmatch(folder.name)]
-
-
-def _with_number(first: Path) -> re.Pattern[str]:
-    return re.compile(re.escape(first.name) + r"-[1-9]\d*")
+    return [folder for folder in siblings if folder.is_dir() and pattern.fullmatch(folder.name)]
 
 
 def _bring(first: Path) -> None:
-    """Bring what a store has of this name, with a number or without."""
-    if is_remote(first):
-        for name in folders(first.parent):
-            if name == first.name or _with_number(first).fullmatch(name):
-                fetch(first.with_name(name))
+    """Bring what a store has of this name, with a number or without; not every store can list its folders."""
+    missing = 0
+    for folder in itertools.chain([first], _with_numbers(first)):
+        if missing == _MISSING or not is_remote(folder):
+            return
+        drop(folder)
+        fetch(folder)
+        missing = 0 if folder.exists() else missing + 1
 
 
 def _full(source: str) -> str:

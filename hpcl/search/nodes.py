@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpcl.errors import UserError
 from hpcl.search.cluster import connected, ray_folder
@@ -26,6 +26,8 @@ from hpcl.search.facts import DataFacts, NodeFacts, Seen
 from hpcl.search.places import is_uri, place
 from hpcl.search.probe import DISK_SECONDS, first_line, look, versions, within
 from hpcl.search.storage import check, opened
+
+_T = TypeVar("_T")
 
 SECONDS = 120.0
 """Seconds for all nodes to answer: each may have to start a process first."""
@@ -59,12 +61,13 @@ def look_at_nodes(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    far = ray.util.client.ray.is_connected()  # type: ignore[no-untyped-call]  # through ray://, from a machine that is no node
+    # Through ray:// the driver is on no node.
+    far = ray.util.client.ray.is_connected()  # type: ignore[no-untyped-call]
     nodes = _named(alive_nodes(), "" if far else ray.get_runtime_context().get_node_id())
     marks = None if folder is None else Marks(str(folder), name or secrets.token_hex(8))
     try:
         if marks is not None:
-            within(DISK_SECONDS, marks.lay)
+            _done(marks, marks.lay)
         asked = {"data": data, "folder": marks and marks.folder, "name": marks and marks.name}
         task = ray.remote(num_cpus=0, max_retries=0)(_answer)
         waiting = {
@@ -76,16 +79,12 @@ def look_at_nodes(
         found = {node.node_id: facts for node, facts in _answers(waiting, seconds)}
         if marks is not None:
             wrote = [node_id for node_id, facts in found.items() if facts.folder == "same"]
-            arrived = within(DISK_SECONDS, lambda: marks.seen(wrote))
+            arrived = _done(marks, lambda: marks.seen(wrote))
             for node_id in set(wrote) - arrived:
                 found[node_id] = found[node_id].model_copy(update={"folder": "unseen"})
-    except TimeoutError as error:
-        raise UserError(f"{folder}: {error}; see that its server is up, or give another --results") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({_reason(error)}); give another --results") from None
     finally:
         if marks is not None:
-            with suppress(TimeoutError, OSError):
+            with suppress(OSError, UserError):  # TimeoutError is one of the first
                 within(DISK_SECONDS, marks.remove)
     return [found[node.node_id] for node in nodes]
 
@@ -101,34 +100,41 @@ def storage_problems(nodes: Sequence[NodeFacts], folder: str | Path) -> list[str
 def storage_faults(nodes: Sequence[NodeFacts], folder: str | Path) -> list[tuple[str, str]]:
     """The same in two parts: what is wrong, and what to do."""
     share = "use a folder that all nodes share, or a URI such as s3://bucket/results"
-    alive = [node for node in nodes if not node.silent]
     faults = []
-    for seen, says, do in (
-        ("missing", f"{{do_not}} see the results folder {folder} (it is a folder of this machine only)", share),
-        ("other", f"{{have}} another folder at {folder} than this machine", share),
-        ("unseen", f"what {{}} {{write}} into {folder} does not come to this machine", share),
-        (
-            "silent",
-            f"the results folder {folder} does not answer on {{}}",
-            "see that its server is up and mounted there",
-        ),
-    ):
-        if these := [node.name for node in alive if node.folder == seen]:
-            one = len(these) == 1
-            verbs = {"do_not": "does not" if one else "do not", "have": "has" if one else "have"}
-            text = says.format(named(these), write="writes" if one else "write", **verbs)
-            faults.append((text if "{}" in says else f"{named(these)} {text}", do))
-    for reason in dict.fromkeys(node.folder_error for node in alive if node.folder == "refused"):
-        these = [node.name for node in alive if (node.folder, node.folder_error) == ("refused", reason)]
+
+    def seen_as(seen: Seen, reason: str = "") -> tuple[str, bool]:
+        names = [node.name for node in nodes if not node.silent and (node.folder, node.folder_error) == (seen, reason)]
+        return named(names), len(names) == 1
+
+    who, one = seen_as("missing")
+    if who:
+        does = "does" if one else "do"
+        faults.append(
+            (f"{who} {does} not see the results folder {folder} (it is a folder of this machine only)", share)
+        )
+    who, one = seen_as("other")
+    if who:
+        faults.append((f"{who} {'has' if one else 'have'} another folder at {folder} than this machine", share))
+    who, one = seen_as("unseen")
+    if who:
+        faults.append((f"what {who} {'writes' if one else 'write'} into {folder} does not come to this machine", share))
+    who, one = seen_as("silent")
+    if who:
+        up = "see that its server is up and mounted there"
+        faults.append((f"the results folder {folder} does not answer on {who}", up))
+    for reason in dict.fromkeys(node.folder_error for node in nodes if node.folder == "refused"):
+        who, one = seen_as("refused", reason)
         right = "give the user that Ray runs as there the right to write, or give another folder"
-        if "://" in str(folder):
+        if is_uri(folder):
             right = "give these nodes credentials that may write there, or give another --results"
-        faults.append((f"{named(these)} cannot write into the results folder {folder} ({reason})", right))
+        faults.append((f"{who} cannot write into the results folder {folder} ({reason})", right))
     return faults
 
 
 def named(names: Sequence[str]) -> str:
-    """Nodes in words: "node a", "nodes a, b and c", "nodes a, b, c and 7 more"."""
+    """Nodes in words: "node a", "nodes a, b and c", "nodes a, b, c and 7 more"; empty for none."""
+    if not names:
+        return ""
     if len(names) == 1:
         return f"node {names[0]}"
     if len(names) <= 4:
@@ -216,6 +222,16 @@ class Marks:
 
     def _file(self, path: str, who: str) -> str:
         return posixpath.join(self._inside(path), who)
+
+
+def _done(marks: Marks, action: Callable[[], _T]) -> _T:
+    """What the driver's action on the folder of results gives; a UserError where the folder refuses or hangs."""
+    try:
+        return within(DISK_SECONDS, action)
+    except TimeoutError as error:
+        raise UserError(f"{marks.folder}: {error}; see that its server is up, or give another --results") from None
+    except OSError as error:
+        raise UserError(f"{marks.folder}: cannot be written ({_reason(error)}); give another --results") from None
 
 
 def _opened(folder: str) -> tuple[Any, str]:

@@ -105,6 +105,8 @@ class Follow(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         self._watch.reported(trial.config["trial"], result, time.monotonic())
+        if note := result.get("note"):  # it went on from the checkpoint before the newest, which was damaged
+            self._say(f"{_called(trial.config['trial'])}: {note}")
         if result.get("state") == STORAGE:  # it has not failed: it goes on from its checkpoint when the search does
             self._draining.ask(result["reason"], interrupted=True)
             self._say(f"{_called(trial.config['trial'])} could not be saved: the running epochs are finished")

@@ -213,15 +213,6 @@ def changed(path: Path) -> float | None:
     return None if info.mtime_ns is None else info.mtime_ns / 1e9
 
 
-def folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder of a store."""
-    from pyarrow.fs import FileSelector, FileType
-
-    files, at = opened(folder)
-    found = _try(folder, lambda: files.get_file_info(FileSelector(at, allow_not_found=True)))
-    return [info.base_name for info in found if info.type == FileType.Directory]
-
-
 def copy(source: Path, target: Path) -> None:
     """Copy one object within a store."""
     (files, at), (_, to) = opened(source), opened(target)
