@@ -6,8 +6,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # One thread: results are then the same on every machine of a kind, and tests side by
 # side do not fight for cores. Before torch is imported anywhere.
@@ -21,6 +22,9 @@ if "HPCL_CACHE" not in os.environ:
 import pytest
 
 from hpcl.config import Config
+
+if TYPE_CHECKING:
+    from stores import Server
 
 TINY: dict[str, Any] = {
     "data": {"subset": 0.1},
@@ -56,3 +60,31 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
     folder = tmp_path_factory.mktemp("unbroken")
     return folder, fit(Config.model_validate(TINY), folder).rows
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """An S3 server on loopback."""
+    from stores import ENVIRONMENT, Server
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("HPCL_STORAGE_PATIENCE", "0")
+        server = Server()
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def uri(server: Server, request: pytest.FixtureRequest) -> str:
+    """A folder in a bucket of its own."""
+    return server.uri(f"bucket-{abs(hash(request.node.nodeid)) % 10**12}")
+
+
+@pytest.fixture
+def root(uri: str) -> Path:
+    """Where the files of this folder are for this process."""
+    from hpcl.search.places import place
+
+    return place(uri)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import scripted
 
 from hpcl.results import epoch_schema, read_rows, write_table
+from hpcl.search import mirror, storage
 
 PAUSE = "HPCL_TEST_PAUSE"
 """Seconds that an epoch of :func:`train` takes."""
@@ -70,3 +72,25 @@ def train(config: Any, folder: Path, report: Any, **options: Any) -> None:
         time.sleep(float(os.environ.get(PAUSE, 0)))
 
     scripted.train(config, folder, saved, **options)
+
+
+def again(folder: Path, **options: Any) -> Path:
+    """The folder as a process sees it that comes new to it."""
+    storage.drop(folder)
+    storage.fetch(folder, **options)
+    return folder
+
+
+def fill(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def sign_of(folder: Path, **facts: Any) -> Path:
+    """A sign of life of another process."""
+    file = fill(folder / mirror.RUNNING) / "other-71-00"
+    file.write_text(json.dumps({"host": "other", "machine": "another", "pid": 71, "time": 0.0, **facts}))
+    storage.push(file.parent)
+    return file

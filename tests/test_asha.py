@@ -3,151 +3,22 @@
 from __future__ import annotations
 
 import math
-import pickle
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler
+from rungs import NO_CONTROLLER, Log, Row, add, asha, complete, decide_again, fake, feed, report
 
 from hpcl.config import Config
 from hpcl.search.asha import StageASHA, finite
 from hpcl.search.clock import StageClock
-
-Row = dict[str, Any]
-NO_CONTROLLER: Any = None
-
-
-class Killed(Exception):
-    """The search is gone."""
-
-
-class Log:
-    """A ledger that keeps what it is told, and can break off before any of it."""
-
-    def __init__(self, lives: float = math.inf) -> None:
-        self.rows: list[Row] = []
-        self.rungs: list[tuple[str, int, float, float]] = []
-        self.ends: dict[str, tuple[str, str]] = {}
-        self.order: list[str] = []
-        self.lives = lives
-        self._newest: dict[str, int] = {}
-
-    def add(self, trial_id: str, result: Mapping[str, Any]) -> Row | None:
-        if result["epoch"] <= self._newest.get(trial_id, 0):
-            return None
-        self._note("row")
-        self._newest[trial_id] = result["epoch"]
-        self.rows.append({**result, "trial_id": trial_id})
-        return self.rows[-1]
-
-    def rung(self, trial_id: str, bracket: int, rung: float, value: float) -> None:
-        self._note("rung")
-        self.rungs.append((trial_id, bracket, rung, value))
-
-    def end(self, trial_id: str, state: str, reason: str) -> None:
-        self._note("end")
-        assert trial_id not in self.ends, "a trial ends once"
-        self.ends[trial_id] = (state, reason)
-
-    def _note(self, what: str) -> None:
-        if self.lives <= 0:
-            raise Killed
-        self.lives -= 1
-        self.order.append(what)
-
-    @property
-    def stopped(self) -> dict[str, str]:
-        return {trial_id: reason for trial_id, (state, reason) in self.ends.items() if state == "stopped"}
-
-
-def fake(trial_id: str) -> Any:
-    """A trial as Tune hands it over; its own id is another one in each session."""
-    return SimpleNamespace(trial_id=f"tune-{trial_id}", config={"trial": trial_id})
-
-
-def asha(log: Log | None = None, mode: Any = "max", **kwargs: Any) -> StageASHA:
-    defaults: Row = {"total": 16.5, "grace": 2, "factor": 2.0, "clock": lambda trial_id, epoch: float(epoch)}
-    return StageASHA("m", mode, **{**defaults, "ledger": log or Log(), **kwargs})
-
-
-def add(scheduler: Any, trial_id: str) -> None:
-    scheduler.on_trial_add(NO_CONTROLLER, fake(trial_id))
-
-
-def report(scheduler: Any, trial_id: str, row: Row) -> str:
-    return str(scheduler.on_trial_result(NO_CONTROLLER, fake(trial_id), row))
-
-
-def feed(scheduler: Any, trial_id: str, epoch: int, value: Any = None, **more: Any) -> str:
-    return report(scheduler, trial_id, {"epoch": epoch, "m": value, "state": "running"} | more)
-
-
-def complete(scheduler: Any, trial_id: str, row: Row) -> None:
-    scheduler.on_trial_complete(NO_CONTROLLER, fake(trial_id), row)
-
-
-class Again(NamedTuple):
-    """What the rule says of a search's rows."""
-
-    stops: dict[str, int]
-    """Trial id -> epoch at which it is to be stopped."""
-    rungs: list[tuple[str, int, float, float]]
-    """(trial id, bracket, rung, value) in order."""
-
-
-def decide_again(
-    rows: Iterable[Mapping[str, Any]],
-    rungs: Sequence[Sequence[float]],
-    factor: float,
-    *,
-    metric: str = "m",
-    mode: str = "max",
-    min_peers: int = 1,
-    bracket_of: Callable[[str], int] = lambda trial_id: 0,
-) -> Again:
-    """All decisions of a search from its rows: a plain reference that shares nothing with the scheduler.
-
-    Args:
-        rows: rows of ``epochs.parquet`` in order of arrival; of each are used trial_id, epoch, clock,
-            state (running where it is missing), shared (likewise false) and the metric's column.
-        rungs: the rungs' times by bracket, as ``StageASHA.rungs``; of one bracket: ``[times]``.
-        factor: 1 in `factor` goes on.
-        metric: the curve's column.
-        mode: max or min.
-        min_peers: other values at a rung that a decision needs.
-        bracket_of: trial id -> its bracket (``StageASHA.bracket``).
-    """
-    sign = 1.0 if mode == "max" else -1.0
-    values: dict[tuple[int, float], list[float]] = {}
-    answered: dict[str, float] = {}
-    newest: dict[str, int] = {}
-    again = Again({}, [])
-    for row in rows:
-        trial_id, epoch, value = row["trial_id"], row["epoch"], row.get(metric)
-        if trial_id.startswith("prefix-") or trial_id in again.stops or epoch <= newest.get(trial_id, 0):
-            continue
-        newest[trial_id] = epoch
-        if row.get("state", "running") != "running" or row.get("shared") or value is None or not np.isfinite(value):
-            continue
-        bracket = bracket_of(trial_id)
-        reached = [rung for rung in rungs[bracket] if row["clock"] > rung - 1e-6]
-        if not reached or max(reached) <= answered.get(trial_id, -math.inf):
-            continue
-        answered[trial_id] = max(reached)
-        peers = values.setdefault((bracket, max(reached)), [])
-        if len(peers) >= min_peers and sign * value < np.percentile(peers, 100 * (1 - 1 / factor)):
-            again.stops[trial_id] = epoch
-        peers.append(sign * value)
-        again.rungs.append((trial_id, bracket, max(reached), value))
-    return again
-
 
 # ---------------------------------------------------------------- beside Ray's own
 
@@ -475,122 +346,6 @@ def test_an_unknown_trial_can_be_removed() -> None:
     scheduler.on_trial_remove(NO_CONTROLLER, fake("0042"))
     complete(scheduler, "0042", {"epoch": 2, "m": 0.5})
     assert all(not recorded for _, recorded in scheduler._brackets[0]._rungs)
-
-
-# ---------------------------------------------------------------- cut short and taken up
-
-
-def test_draining_lets_a_trial_go_after_its_epoch_without_ending_it() -> None:
-    log = Log()
-    draining = False
-    scheduler = asha(log, draining=lambda: draining)
-    feed(scheduler, "0000", 2, 0.9)
-    draining = True
-    assert feed(scheduler, "0001", 2, 0.95) == feed(scheduler, "0000", 3, 0.9) == "STOP"
-    assert feed(scheduler, "prefix-1", 1) == "STOP"
-    assert log.ends == {} and len(log.rows) == 4 and len(log.rungs) == 2
-    # What ends anyway ends.
-    assert feed(scheduler, "0002", 2, 0.1) == "STOP" and feed(scheduler, "0003", 2, math.nan) == "STOP"
-    assert [state for state, _ in log.ends.values()] == ["stopped", "diverged"]
-
-
-def test_ended_trials_are_asked_no_more() -> None:
-    log = Log()
-    scheduler = asha(log)
-    scheduler.restore([("0000", 0, 2.0, 0.5), ("0001", 0, 2.0, 0.4)], ended=["0001", "0002"])
-    for trial_id in ("0001", "0002"):
-        add(scheduler, trial_id)
-        assert feed(scheduler, trial_id, 4, 0.9) == "STOP"
-    assert log.order == []
-
-
-def test_a_resumed_trial_keeps_the_bracket_of_the_log_also_against_the_draw() -> None:
-    log = Log()
-    scheduler = asha(log, brackets=3, total=17)
-    drawn = {name: scheduler.bracket(name) for name in (f"{i:04d}" for i in range(20))}
-    logged = {name: (bracket + 1) % 3 for name, bracket in drawn.items()}
-    resumed = asha(log, brackets=3, total=17)
-    resumed.restore([(name, bracket, 8.0, 0.5) for name, bracket in logged.items()])
-    for name in drawn:
-        add(resumed, name)
-        feed(resumed, name, 16, 0.5)
-    assert {name: resumed.bracket(name) for name in drawn} == logged
-    assert {name: bracket for name, bracket, rung, _ in log.rungs if rung == 16} == logged
-
-
-@pytest.mark.parametrize(("bracket", "rung"), [(0, 3.0), (1, 2.0), (-1, 2.0)])
-def test_the_rungs_of_another_search_are_refused(bracket: int, rung: float) -> None:
-    with pytest.raises(
-        ValueError, match=f"0000 at rung {rung:g} of bracket {bracket}, but this search's rungs are 2, 4"
-    ):
-        asha().restore([("0000", bracket, rung, 0.5)])
-
-
-def test_tune_can_pickle_it_while_its_ledger_is_open() -> None:
-    scheduler = asha(brackets=2)
-    scheduler._ledger = lambda: "no lambda can be pickled"  # type: ignore[assignment]
-    assert pickle.loads(pickle.dumps(scheduler)).rungs == scheduler.rungs
-
-
-@pytest.mark.parametrize(("lives", "kept"), [(2, "nothing"), (3, "row"), (4, "rung"), (5, "end")])
-def test_a_stop_holds_whatever_the_log_had_of_it(lives: int, kept: str) -> None:
-    log = Log(lives)
-    first = asha(log)
-    feed(first, "0000", 2, 0.9)
-    if kept == "end":
-        assert feed(first, "0001", 2, 0.1) == "STOP"
-    else:
-        with pytest.raises(Killed):
-            feed(first, "0001", 2, 0.1)
-    log.lives = math.inf
-    second = asha(log)
-    second.restore(list(log.rungs), ended=log.ends)
-    assert feed(second, "0000", 2, 0.9) == "CONTINUE"
-    assert feed(second, "0001", 2, 0.1) == "STOP"  # a resumed trial repeats its last row
-    assert log.stopped == {"0001": "epoch 2: m 0.1, below the rung's top 1/2 at 0.9 (n = 1)"}
-    assert log.rungs == [("0000", 0, 2.0, 0.9), ("0001", 0, 2.0, 0.1)] and len(log.rows) == 2
-
-
-@settings(max_examples=120, deadline=None)
-@given(st.integers(0, 10**9), st.sampled_from(["max", "min"]), st.integers(1, 3), st.sampled_from([1, 3]))
-def test_a_search_killed_at_any_moment_decides_as_an_unbroken_one(
-    seed: int, mode: Any, min_peers: int, brackets: int
-) -> None:
-    chance = random.Random(seed)
-    rules: Row = {"min_peers": min_peers, "brackets": brackets, "seed": seed, "factor": chance.choice([2, 3])}
-    order = [f"{i:04d}" for i in range(8)] * 16
-    chance.shuffle(order)
-    rows: list[tuple[str, int, Any, str]] = []
-    for place, name in enumerate(order):
-        epoch = order[: place + 1].count(name)
-        value = math.nan if chance.random() < 0.01 else chance.choice([None, *[round(chance.random(), 2)] * 9])
-        rows.append((name, epoch, value, "finished" if epoch == 16 else "running"))
-
-    def session(log: Log, place: int) -> int:
-        """Take the search up after row `place`, which may be half done; the row in work at the kill, or the last."""
-        scheduler = asha(log, mode, **rules)
-        scheduler.restore(list(log.rungs), ended=log.ends)
-        repeated = list({row[0]: row for row in rows[: place + 1]}.values())
-        chance.shuffle(repeated)
-        try:
-            for name, epoch, value, state in repeated:
-                if name not in log.ends:
-                    feed(scheduler, name, epoch, value, state=state)
-            while place + 1 < len(rows):
-                place += 1
-                name, epoch, value, state = rows[place]
-                if name not in log.ends:
-                    feed(scheduler, name, epoch, value, state=state)
-        except Killed:
-            pass
-        return place
-
-    whole, log = Log(), Log()
-    session(whole, -1)
-    place = -1
-    for log.lives in (chance.randrange(len(whole.order)), chance.randrange(3), chance.randrange(30), math.inf):
-        place = session(log, place)
-    assert log.rows == whole.rows and log.rungs == whole.rungs and log.ends == whole.ends
 
 
 def test_finite_takes_numbers_only() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
-from test_asha import decide_again
+from rungs import decide_again
 
 from hpcl import load_config
 from hpcl.results import read_rows

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 import pytest
 import scripted
-from test_asha import decide_again
+from rungs import decide_again
 
 import hpcl.search
 from hpcl import load_config
