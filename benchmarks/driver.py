@@ -74,7 +74,7 @@ def scripted(
 
     from hpcl.checkpoint import CHECKPOINT_NAME, save_checkpoint
     from hpcl.dist import current_world
-    from hpcl.results import EPOCH_COLUMNS
+    from hpcl.results import EPOCH_COLUMNS, claim
     from hpcl.resume import find_start
     from hpcl.stages import stage_lengths
 
@@ -97,6 +97,8 @@ def scripted(
         kept = {"config": config.model_dump(mode="json"), "backbone": None, "data": data, "growth": {}}
         return {**kept, "pair": {"weights": torch.zeros(1000)}, "rows": rows}
 
+    through = claim(folder) if world.rank == 0 else None
+    world.barrier()
     start = find_start(folder, fork, state([]), config, world)
     rows: list[Row] = start.state["rows"] if start else []
     if rows:
@@ -111,7 +113,7 @@ def scripted(
             torch.distributed.all_reduce(torch.ones(1))
         rows.append(row(epoch))
         if world.rank == 0:
-            save_checkpoint(folder / CHECKPOINT_NAME, state(rows))
+            save_checkpoint(folder / CHECKPOINT_NAME, state(rows), through)
         world.barrier()
         report(rows[-1])
 

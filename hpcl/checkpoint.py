@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from hpcl.config import Config
-from hpcl.errors import UserError
+from hpcl.errors import UnreadableCheckpoint, UserError
 from hpcl.results import atomic_path
 from hpcl.validation import validation_problems
 
@@ -28,25 +29,27 @@ FORMAT = 1
 """Raised when the content changes so that older files no longer fit."""
 
 
-class UnreadableCheckpoint(UserError):
-    """A checkpoint file that is damaged, or of another kind."""
-
-
 def previous_of(path: Path) -> Path:
     """Where :func:`save_checkpoint` keeps the checkpoint before `path`: ``<stem>-previous<suffix>`` beside it."""
     return path.with_stem(f"{path.stem}-previous")
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any], through: Path | None = None) -> None:
     """Write a run's state; the file that was there stays beside it as :func:`previous_of`.
 
-    A crash at any moment leaves a whole file under one of the two names, and under `path`
-    itself wherever the file system has hard links. One that fails leaves both as they were.
+    A crash at any moment leaves a whole file under `path`. One that fails leaves it as it was.
+
+    Args:
+        path: the file.
+        state: tensors and plain values.
+        through: this process's folder of :func:`hpcl.results.claim`, so that it writes no more when another
+            process goes on with the run.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
+        TakenOver: another process has claimed the folder since.
     """
-    _write(path, {"format": FORMAT, **state}, keep=previous_of(path))
+    _write(path, {"format": FORMAT, **state}, keep=previous_of(path), through=through)
 
 
 def save_tensors(path: Path, value: Any) -> None:
@@ -58,20 +61,24 @@ def save_tensors(path: Path, value: Any) -> None:
     _write(path, value)
 
 
-def _write(path: Path, value: Any, keep: Path | None = None) -> None:
+def _write(path: Path, value: Any, keep: Path | None = None, through: Path | None = None) -> None:
     content = io.BytesIO()  # torch's own writer raises a RuntimeError where the disk is full
     torch.save(value, content)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, through) as temporary:
         with open(temporary, "wb") as file:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():  # the new one is on the disk now
-            keep.unlink(missing_ok=True)
+            second = temporary.with_suffix(".kept.tmp")
             try:
-                os.link(path, keep)
+                os.link(path, second)
+            except FileNotFoundError:
+                raise
             except OSError:  # no hard links here
-                os.replace(path, keep)
+                shutil.copyfile(path, second)
+            os.replace(second, keep)
+            second.unlink(missing_ok=True)  # where both were names of one file
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

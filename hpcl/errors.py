@@ -55,3 +55,11 @@ class StorageError(UserError):
 
     A run or search that meets it has lost nothing that was written, and goes on when the storage is back.
     """
+
+
+class TakenOver(UserError):
+    """Another process trains in this folder since, so this one must write nothing more there."""
+
+
+class UnreadableCheckpoint(UserError):
+    """A checkpoint file that is damaged, or of another kind."""

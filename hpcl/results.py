@@ -11,14 +11,15 @@ import errno
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpcl.errors import StorageError, UserError
+from hpcl.errors import StorageError, TakenOver, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -151,13 +152,16 @@ def _schema(columns: Sequence[Column]) -> pa.Schema:
     )
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write rows as Parquet, atomically; keys outside the schema are left out, missing ones are null."""
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, through: Path | None = None) -> None:
+    """Write rows as Parquet, atomically (see :func:`atomic_path`).
+
+    Keys outside the schema are left out, missing ones are null.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist([{name: clean(row.get(name)) for name in schema.names} for row in rows], schema)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, through) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
@@ -238,19 +242,46 @@ def writing(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written ({error}); {advice}, or give another folder") from error
 
 
+def claim(folder: Path) -> Path:
+    """Take a folder over from whichever process trained in it; gives a folder within, for :func:`atomic_path`.
+
+    A process that was cut off or slept may wake when another one trains in its place. What it
+    writes passes through its own folder within, which is moved away here: its next file does not come to stand.
+    To be called before anything is read there.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".attempt-*"):
+            gone = folder / f".gone-{os.urandom(4).hex()}"
+            with suppress(FileNotFoundError):  # its process has just ended
+                left.rename(gone)
+        for left in folder.glob(".gone-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=folder, prefix=".attempt-"))
+
+
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, through: Path | None = None) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, synced to disk, if the block succeeds.
 
     A reader sees the old file or the new one, never a part; a failing block leaves
     the old file as it was.
 
+    Args:
+        path: the file.
+        through: a folder of :func:`claim` in which the temporary path lies instead.
+
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
+        TakenOver: another process has claimed the folder since.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with writing(path), _claimed(through):
+        if through is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=through or path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
         try:
@@ -263,6 +294,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _claimed(through: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        if through is None or through.exists() or not through.parent.exists():
+            raise
+        raise TakenOver(
+            f"{through.parent}: another process trains there since, and has gone on from the last checkpoint; this one "
+            "ends. Give each its own folder, if both are meant"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,6 @@ import torch
 
 from hpcl.checkpoint import (
     CHECKPOINT_NAME,
-    UnreadableCheckpoint,
     config_of,
     differing_fields,
     load_checkpoint,
@@ -24,7 +23,7 @@ from hpcl.checkpoint import (
 )
 from hpcl.config import Config
 from hpcl.dist import World
-from hpcl.errors import UserError
+from hpcl.errors import UnreadableCheckpoint, UserError
 from hpcl.prefix import acts_from, prefix_differences
 from hpcl.results import writing
 from hpcl.stages import make_plan, stage_at, total_epochs
@@ -70,10 +69,12 @@ def find_start(folder: Path, fork: Path | None, fresh: State, config: Config, wo
         world: the ranks that train the run.
 
     Raises:
-        UserError: it does not fit the run, none can be read, or the ranks do not find the same.
+        UnreadableCheckpoint: none can be read.
+        UserError: it does not fit the run, or the ranks do not find the same.
     """
     path = folder / CHECKPOINT_NAME
-    start = _own(path, fresh, config)
+    with writing(folder):  # which may have gone with its disk
+        start = _own(path, fresh, config)
     if start is None and fork is not None:
         start = Start(fork, forked_state(fork, fresh, config), True, "")
     epochs = torch.tensor([len(start.state["rows"]) if start else 0], device=world.device)
@@ -96,7 +97,8 @@ def _own(path: Path, fresh: State, config: Config) -> Start | None:
     """The newest checkpoint in the run's folder that can be read; None where it has none.
 
     Raises:
-        UserError: none can be read, it is another configuration's, or was trained on other images.
+        UnreadableCheckpoint: none can be read.
+        UserError: it is another configuration's, or was trained on other images.
     """
     before = previous_of(path)
     broken: dict[Path, str] = {} if path.exists() else {path: "is missing"}
@@ -113,7 +115,7 @@ def _own(path: Path, fresh: State, config: Config) -> Start | None:
         return Start(source, state, False, note)
     if not there:
         return None
-    raise UserError(
+    raise UnreadableCheckpoint(
         f"{' and '.join(f'{source} {why}' for source, why in broken.items())}; "
         f"put one back from a copy, or remove {path.parent} to train the run anew"
     )

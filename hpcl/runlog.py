@@ -14,8 +14,10 @@ _CHARTS = {c.name: c for c in EPOCH_COLUMNS if c.type in ("float64", "int64") an
 class RunLog:
     """``log.txt``, ``epochs.parquet`` and tensorboardX events of one run folder."""
 
-    def __init__(self, folder: Path, first_epoch: int) -> None:
+    def __init__(self, folder: Path, first_epoch: int, through: Path | None = None) -> None:
         """Open the files; events from `first_epoch` on replace those of an interrupted epoch.
+
+        The table is written through a folder of :func:`hpcl.results.claim`.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -23,7 +25,7 @@ class RunLog:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._folder = folder
+        self._folder, self._through = folder, through
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
@@ -47,7 +49,7 @@ class RunLog:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in points.items()]
         self._event(row["epoch"], summary=Summary(value=values))
         named = [{**r, "trial_id": self._folder.name} for r in rows]
-        write_table(self._folder / "epochs.parquet", named, epoch_schema())
+        write_table(self._folder / "epochs.parquet", named, epoch_schema(), self._through)
 
     def _event(self, epoch: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event

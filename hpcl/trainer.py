@@ -11,9 +11,11 @@ It may never return (a search that stops the trial).
 from __future__ import annotations
 
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from hpcl.kmeans import nearest_centroid_search
 from hpcl.meters import RunMeters
 from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
 from hpcl.prototypes import Level
-from hpcl.results import refuse_links, write_text, writing
+from hpcl.results import claim, refuse_links, write_text, writing
 from hpcl.resume import Start, find_start
 from hpcl.rng import generator, seed_of
 from hpcl.runlog import RunLog
@@ -153,9 +155,21 @@ class Trainer:
                     f"(that would be after epoch {end} of {self.total_epochs})"
                 )
         refuse_links(self.folder)
+        through = claim(self.folder) if self.world.rank == 0 else None
+        self.world.barrier()  # from here on no other process writes there
+        try:
+            self._go_on(report, fork, end, through)
+        finally:
+            if through:
+                shutil.rmtree(through, ignore_errors=True)
+                with suppress(OSError):
+                    self.folder.rmdir()  # where nothing was written, as the run was refused
+
+    def _go_on(self, report: Report, fork: Path | None, end: int, through: Path | None) -> None:
+        """Train up to an epoch; `through` is rank 0's folder of :func:`hpcl.results.claim`."""
         start = self._load(fork)
         checkpoint = self.folder / CHECKPOINT_NAME
-        log = RunLog(self.folder, len(self.rows) + 1) if self.world.rank == 0 else None
+        log = RunLog(self.folder, len(self.rows) + 1, through) if self.world.rank == 0 else None
         try:
             if log:
                 log.say(self.data.describe())
@@ -165,7 +179,7 @@ class Trainer:
                     log.say(line)
             if log and start and start.forked:  # from here on the run needs its prefix no more
                 log.add(self.rows)
-                save_checkpoint(checkpoint, self._state())
+                save_checkpoint(checkpoint, self._state(), through)
             if start:  # the last report may have been lost with the process that made it
                 report(self.rows[-1] | ({"note": start.note} if start.note else {}))
             for epoch in range(len(self.rows) + 1, end + 1):
@@ -174,7 +188,7 @@ class Trainer:
                 if log:  # the checkpoint last: what a crash leaves half written is then written again
                     log.add(self.rows)
                 if log and row["state"] != "diverged":
-                    save_checkpoint(checkpoint, self._state())
+                    save_checkpoint(checkpoint, self._state(), through)
                 self.world.barrier()
                 report(row)
                 if row["state"] == "diverged":

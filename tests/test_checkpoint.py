@@ -162,11 +162,7 @@ def test_a_writer_killed_at_any_step_leaves_a_whole_checkpoint(tmp_path: Path, l
     assert len(left) > 6  # so many steps on the disk
     assert left[0] == (9, 2, 1) and left[-1] == (0, 3, 2)
     for _, newest, before in left:
-        assert max(newest, before) >= 2  # never more than the newest epoch is lost
-        if links:
-            assert newest >= 2  # and it is under its name at every moment
-        else:
-            assert (newest, before) in {(2, 1), (2, 0), (0, 2), (3, 2)}
+        assert newest >= 2 and before >= 1  # the last one that was whole is under its name at every moment
 
 
 # ---------------------------------------------------------------- files that broke

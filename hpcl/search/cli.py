@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcl.errors import UserError, harmless
+from hpcl.errors import StorageError, UserError, harmless
 from hpcl.search.places import told
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except UserError as error:
         print(told(error), file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, StorageError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

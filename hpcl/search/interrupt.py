@@ -24,9 +24,9 @@ class Draining:
     def __call__(self) -> bool:
         return self.reason is not None
 
-    def ask(self, reason: str, *, interrupted: bool = False, at_once: bool = False) -> None:
-        """End the search; the first reason stays."""
-        self.reason = self.reason or reason
+    def ask(self, reason: str, *, interrupted: bool = False, at_once: bool = False, instead: bool = False) -> None:
+        """End the search; the first reason stays, unless this one is to stand `instead` of it."""
+        self.reason = reason if instead else self.reason or reason
         self.interrupted = self.interrupted or interrupted
         self.at_once = self.at_once or at_once
 

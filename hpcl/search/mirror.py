@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcl.errors import StorageError, UserError
+from hpcl.results import write_text
 from hpcl.search.journal import JOURNAL_NAME, is_locked
 from hpcl.search.places import is_remote, location
 from hpcl.search.storage import APPENDED, PART, changed, drop, exists, fetch, push, push_part, remove, remove_parts
@@ -53,7 +54,7 @@ class Lease:
         self._folder = folder
         self._file = folder / RUNNING / f"{platform.node()}-{os.getpid()}-{os.urandom(4).hex()}"
         self.newest = 0.0
-        """When it last gave a sign of life (monotonic)."""
+        """When it last gave a sign of life, by :func:`_now`."""
         self._write()
         others = holders(folder, now=changed(self._file), without=self._file)
         if others:
@@ -84,11 +85,10 @@ class Lease:
         remove(self._file)
 
     def _write(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         said = {"host": platform.node(), "machine": _machine(), "pid": os.getpid(), "time": time.time()}
-        self._file.write_text(json.dumps(said) + "\n", encoding="utf-8")
+        write_text(self._file, json.dumps(said) + "\n")
         push(self._file.parent, {self._file.name})
-        self.newest = time.monotonic()
+        self.newest = _now()
 
 
 def holders(folder: Path, *, now: float | None = None, without: Path | None = None) -> list[str]:
@@ -196,13 +196,13 @@ class Mirror:
 
     def _follow(self) -> None:
         while not self._stop.wait(_EVERY):
-            with self._lock, suppress(StorageError):
+            with self._lock, suppress(StorageError):  # which stands in `_broken`
                 if self._broken is None:
                     self._send(time.monotonic() - self._newest > _FILES_EVERY)
 
     def _send(self, all_files: bool) -> None:
         try:
-            if time.monotonic() - self._lease.newest > _BEAT:
+            if _now() - self._lease.newest > _BEAT:
                 self._lease.beat()
             sizes = {name: _size(self._folder / name) for name in APPENDED}  # the journal's first, which goes last
             for name in (STUDY_NAME, JOURNAL_NAME, *(APPENDED if all_files else ())):
@@ -213,6 +213,9 @@ class Mirror:
         except StorageError as error:
             self._broken = error
             raise
+        except Exception as error:  # in a thread nobody would hear of it
+            self._broken = StorageError(f"{location(self._folder)}: cannot be kept up to date ({error})")
+            raise self._broken from error
 
     def _send_parts(self, name: str, size: int) -> None:
         there = self._there[name]
@@ -220,6 +223,11 @@ class Mirror:
             for number in range(there // PART, (size - 1) // PART + 1):
                 push_part(self._folder / name, number, size)
             self._there[name] = size
+
+
+def _now() -> float:
+    """Seconds of a clock that also goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _size(path: Path) -> int:

@@ -26,7 +26,7 @@ from hpcl.search.monitor import Monitor
 from hpcl.search.places import place
 from hpcl.search.plan import Plan, duration
 from hpcl.search.queue import WorkQueue
-from hpcl.search.storage import fetch, push
+from hpcl.search.storage import fetch, full_disk, push
 from hpcl.search.tables import PREFIX, Row, Tables
 from hpcl.search.trial import ERROR_FILE, STORAGE
 
@@ -83,6 +83,8 @@ class Follow(tune.Callback):
         self._looked = 0
         self._running: set[str] = set()
         """Tune's ids of the trials that have a process."""
+        self._broken: dict[str, tuple[str, bool]] = {}
+        """Tune's id -> the error, and whether it is tried again, of trials that broke off and wait for a process."""
         self._errors: list[str | None] = []
         """Of the trials that ended, in order: the error's first line, or None."""
         self._said = time.monotonic()
@@ -98,8 +100,11 @@ class Follow(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._running.add(trial.trial_id)
+        self._broken.pop(trial.trial_id, None)
         self._course.began(trial.config["trial"], time.time())
-        self._watch.began(trial.config["trial"], time.monotonic())
+        self._watch_over(trial)
+        # Two queues a curve, for means over the last reports that nobody asks for: most of what Tune holds of a trial.
+        trial.run_metadata._n_steps = ()  # type: ignore[assignment]
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -108,7 +113,7 @@ class Follow(tune.Callback):
         if note := result.get("note"):  # it went on from the checkpoint before the newest, which was damaged
             self._say(f"{_called(trial.config['trial'])}: {note}")
         if result.get("state") == STORAGE:  # it has not failed: it goes on from its checkpoint when the search does
-            self._draining.ask(result["reason"], interrupted=True)
+            self._draining.ask(result["reason"], interrupted=True, instead=True)
             self._say(f"{_called(trial.config['trial'])} could not be saved: the running epochs are finished")
         self._look()
         self._tables.write_if_due()
@@ -116,7 +121,7 @@ class Follow(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._running.discard(trial.trial_id)
         ours = trial.config["trial"]
-        error, _ = self._broke_off(trial)
+        self._broken[trial.trial_id] = error, _ = self._broke_off(trial)
         if self._tables.state_of(ours) != "running":
             return  # the process was lost after the trial's last row
         self._tries_again(ours, error)
@@ -139,12 +144,15 @@ class Follow(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._running.discard(trial.trial_id)
         ours = trial.config["trial"]
-        error, again = self._broke_off(trial)
-        if again and self._tables.trials.get(ours, {}).get("state") == "running":
-            # Tune counts lost machines too, and a process that is lost between two trials takes the next one with it.
+        # Of a process that is lost between two trials Tune tells twice; that is one attempt.
+        told = self._broken.pop(trial.trial_id, None)
+        error, again = told or self._broke_off(trial)
+        if again and self._tables.state_of(ours) == "running":  # Tune counts lost machines too
             self._queue.again(ours)
-            self._tries_again(ours, error)
+            if not told:
+                self._tries_again(ours, error)
             return
+        self._queue.give_up(ours)
         self._tables.end(ours, "failed", error)
         self._queue.tell(ours)
         self._ended(ours)
@@ -159,13 +167,34 @@ class Follow(tune.Callback):
             push(folder, {ERROR_FILE})
         text = self._error_text(trial)
         error = text.split("\n", 1)[0]
+        if trouble := full_disk(
+            text
+        ):  # of this process, too: Tune takes what its callbacks raise for the trial's error
+            self._draining.ask(trouble, interrupted=True, instead=True)
         lost = not hung and machine_lost(text if error.startswith(LOST) else error)
         again = self._attempts.failed(ours, self._tables.newest(ours).get("epoch", 0), lost=lost)
-        return error, again and (lost or hung is not None or error.startswith(LOST))
+        return error, again or trouble is not None
 
     def _tries_again(self, ours: str, error: str) -> None:
         self._tables.retry(ours, error)
         self._say(f"{_called(ours)} broke off and is tried again: {error}")
+
+    def _watch_over(self, trial: Trial) -> None:
+        actor = trial.temporary_state.ray_actor
+        self._watch.began(trial.config["trial"], time.monotonic(), actor._actor_id.hex() if actor else None)
+
+    def _look_after(self, iteration: int, trials: list[Trial]) -> None:
+        """See to trials between two processes, of which Tune tells nothing."""
+        for trial in trials:
+            if not self._queue.has(trial.trial_id):
+                continue
+            if trial.status == trial.PENDING and trial.temporary_state.ray_actor:
+                # It waits for a process that another trial leaves.
+                if not self._watch.watches(trial.config["trial"]):
+                    self._watch_over(trial)
+            elif trial.status == trial.ERROR:  # that process did not let go of the other trial
+                self._queue.on_trial_complete(trial.trial_id, error=True)
+                self.on_trial_error(iteration, trials, trial)
 
     def _end_hung(self) -> None:
         """Kill the processes of trials that hang; Tune then finds them lost."""
@@ -188,6 +217,7 @@ class Follow(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self.look_at_budget()
+        self._look_after(iteration, trials)
         self._end_hung()
         if self._live:
             self._live.update_if_due(lambda: view(self._tables, self._plan, self._course))

@@ -120,9 +120,9 @@ class WorkQueue(Searcher):
         ours = self._live.pop(trial_id, None)
         if ours is None:
             return
-        failed = error or (result or {}).get("state") == "failed"
         if ours.startswith(PREFIX):
-            self._end_prefix(ours, failed)
+            if not error:  # else it may be tried again
+                self._end_prefix(ours, failed=(result or {}).get("state") == "failed")
         else:
             report(self._tables, self._sampler, self._tables.newest(ours))
             self.tell(ours)
@@ -133,9 +133,19 @@ class WorkQueue(Searcher):
         if trial in self._tables.optuna and state != "running":
             self._sampler.tell(self._tables.optuna[trial], state, finite(self._tables.trials[trial]["metric"]))
 
-    def again(self, trial: str) -> None:
-        """Hand a trial out once more that Tune gave up."""
-        self._resumed.append(trial)
+    def has(self, trial_id: str) -> bool:
+        """Whether Tune has this job (by Tune's id)."""
+        return trial_id in self._live
+
+    def again(self, ours: str) -> None:
+        """Hand a job out once more that Tune gave up; prefixes are handed out for the trials that wait for them."""
+        if not ours.startswith(PREFIX):
+            self._resumed.append(ours)
+
+    def give_up(self, ours: str) -> None:
+        """A job of Tune's ended with an error and is not tried again."""
+        if ours in self._nodes:
+            self._end_prefix(ours, failed=True)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal has it."""
@@ -238,7 +248,7 @@ class WorkQueue(Searcher):
         self._tables.end(prefix, "finished", "trained by another search")
         return True
 
-    def _end_prefix(self, prefix: str, failed: bool) -> None:
+    def _end_prefix(self, prefix: str, *, failed: bool) -> None:
         node = self._nodes.pop(prefix)
         row = self._tables.newest(prefix)
         if not failed and row.get("state") == "running" and row["epoch"] == node.last_epoch:

@@ -27,7 +27,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState, create_trial
 
-from hpcl.errors import UserError
+from hpcl.errors import StorageError, UserError
 from hpcl.results import writing
 from hpcl.rng import seed_of
 from hpcl.search.params import Choice, Float, Int, Param
@@ -311,9 +311,17 @@ class Sampler:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """Around what Optuna writes."""
-        with writing(self._path) if self._path else nullcontext():
+        """Around what Optuna writes; of a line for which the disk had no room nothing stays."""
+        if self._path is None:
             yield
+            return
+        try:
+            with writing(self._path):
+                yield
+        except StorageError:
+            with suppress(OSError):
+                _drop_torn_line(self._path, _Lock(str(self._path)))
+            raise
 
 
 @contextmanager

@@ -187,7 +187,7 @@ class Session:
                     self._record.write("failed")
                     self.tables.write()
                 raise
-            self.draining.ask(trouble, interrupted=True)
+            self.draining.ask(trouble, interrupted=True, instead=True)
         return self._conclude()
 
     def _tune(self) -> None:
@@ -313,7 +313,8 @@ class Session:
             self._record.write(state, found)
             self._mirror.sync(all_files=True)
         except StorageError as error:
-            reason = str(error) if found.reason in (ALL_ENDED, "interrupted") else found.reason
+            told = draining.interrupted and found.reason != "interrupted"  # what came first is the cause
+            reason = found.reason if told else str(error)
             return replace(found, state="interrupted", reason=reason)
         return found
 

@@ -98,9 +98,14 @@ def storage_trouble(error: BaseException) -> str | None:
             return str(cause)
         inner = (getattr(cause, "cause", None), cause.__cause__, cause.__context__)
         causes += [each for each in inner if isinstance(each, BaseException) and each not in causes]
+    return full_disk("\n".join(map(str, causes)))
+
+
+def full_disk(text: str) -> str | None:
+    """The last line of an error's text that tells of a full disk, with what to do; None where none does."""
     full = [os.strerror(number) for number in _FULL]
-    for line in reversed("\n".join(map(str, causes)).splitlines()):
-        if any(text in line for text in full):
+    for line in reversed(text.splitlines()):
+        if any(reason in line for reason in full):
             return f"{line.strip()}; free space there, or give the folder back"
     return None
 
@@ -199,7 +204,10 @@ def remove_parts(path: Path, above: int) -> None:
 def exists(path: Path) -> bool:
     """Whether there is such a file."""
     if not is_remote(path):
-        return path.is_file()
+        try:
+            return path.is_file()
+        except OSError:  # a mount that has gone
+            return False
     from pyarrow.fs import FileType
 
     files, at = opened(path)

@@ -14,6 +14,7 @@ is trained in the same way, up to the end of its last stage.
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from ray import tune
 from ray.train.torch import TorchTrainer
 
 from hpcl.config import Config
-from hpcl.errors import StorageError, UserError
+from hpcl.errors import StorageError, TakenOver, UnreadableCheckpoint, UserError
 from hpcl.results import write_text
 from hpcl.search.failures import machine_lost, out_of_memory_advice, repeated
 from hpcl.search.lean import run_group
@@ -35,7 +36,7 @@ from hpcl.search.places import place, told
 from hpcl.search.plan import Concurrency
 from hpcl.search.space import Space
 from hpcl.search.storage import drop, fetch, push, remove
-from hpcl.search.work import begin, bring, keep, see, unreported
+from hpcl.search.work import begin, bring, keep, see, set_aside, unreported
 from hpcl.validation import validation_problems
 
 Row = dict[str, Any]
@@ -91,6 +92,8 @@ def run_trial(given: dict[str, Any], job: Job) -> None:
         _run(given, job)
     except StorageError as error:
         tune.report({"state": STORAGE, "reason": str(error)})
+    except TakenOver:  # nobody listens to this process any more
+        pass
     finally:
         drop(place(given["folder"]))
 
@@ -126,10 +129,12 @@ def _run(given: dict[str, Any], job: Job) -> None:
             _train_here(config, given, job, report, options)
         else:
             _train_in_group(config, given, job, report, options)
-    except StorageError:
+    except (StorageError, TakenOver):
         raise
     except UserError as error:
         failed(error)
+        if isinstance(error, UnreadableCheckpoint) and set_aside(folder):
+            raise  # the next attempt goes on from the prefix, or begins anew
         tune.report({"state": "failed"})
     except Exception as error:
         advice = out_of_memory_advice(error, config, job.gpus) if config else None
@@ -232,17 +237,18 @@ def _worker(payload: dict[str, Any], report: Callable[[Row], None]) -> None:
     """One rank, in its own process where there are several; rank 0 writes the trial's files."""
     job, given = payload["job"], payload["given"]
     use_threads(job.cpus)
-    folder, fork = bring(given)
     leads = job.workers == 1 or ray_train.get_context().get_world_rank() == 0
+    attempt = os.urandom(8).hex() if leads else ""
+    folder, fork = bring(given, attempt)
 
     def report_saved(row: Row) -> None:
         if leads:
-            keep(given)
+            keep(given, attempt)
         report(row)
 
     try:
         job.train(payload["config"], folder, report=report_saved, fork=fork, **payload["options"])
         if leads:
-            keep(given)
+            keep(given, attempt)
     finally:
         drop(folder)

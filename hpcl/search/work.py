@@ -8,19 +8,24 @@ from, on any node.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpcl.errors import StorageError
-from hpcl.results import read_rows, writing
+from hpcl.errors import StorageError, TakenOver
+from hpcl.results import read_rows, write_text, writing
 from hpcl.search.journal import JOURNAL_NAME
 from hpcl.search.places import is_remote, location, place
 from hpcl.search.storage import exists, fetch, push
+from hpcl.search.store import CHECKPOINT
 
 Row = dict[str, Any]
 TABLE = "epochs.parquet"
+ATTEMPT = "attempt"
+"""In a store: the word of the process that trains the trial. One that was cut off, and wakes when another trains in its
+place, finds there that it is to send nothing more; in a folder :func:`hpcl.results.claim` sees to that."""
 
 
 def begin(given: Mapping[str, Any]) -> Path:
@@ -36,13 +41,20 @@ def begin(given: Mapping[str, Any]) -> Path:
     return folder
 
 
-def bring(given: Mapping[str, Any]) -> tuple[Path, Path | None]:
+def bring(given: Mapping[str, Any], attempt: str = "") -> tuple[Path, Path | None]:
     """The folder of a trial with all its files, and the checkpoint of the prefix that it goes on from.
+
+    Args:
+        given: the trial.
+        attempt: a word of this process alone, which is to send the trial's files (:func:`keep`) from here on.
 
     Raises:
         StorageError: the store does not answer.
     """
     folder = begin(given)
+    if attempt and is_remote(folder):
+        write_text(folder / ATTEMPT, attempt)
+        push(folder, {ATTEMPT})
     fetch(folder, deep=True)
     fork = None if given["fork"] is None else place(given["fork"])
     if fork:
@@ -50,17 +62,36 @@ def bring(given: Mapping[str, Any]) -> tuple[Path, Path | None]:
     return folder, fork
 
 
-def keep(given: Mapping[str, Any]) -> None:
+def keep(given: Mapping[str, Any], attempt: str) -> None:
     """See to it that what was trained so far can be gone on from.
 
     Raises:
         StorageError: it cannot: the results are not there any more, or cannot be written.
+        TakenOver: another process trains the trial since.
     """
     folder = place(given["folder"])
-    if is_remote(folder):
-        push(folder, deep=True)
-    else:
+    if not is_remote(folder):
         see(given)
+        return
+    fetch(folder, {ATTEMPT})
+    if (folder / ATTEMPT).read_text() != attempt:
+        raise TakenOver(f"{location(folder)}: another process trains there since; this one ends")
+    push(folder, deep=True)
+
+
+def set_aside(folder: Path) -> bool:
+    """Rename checkpoints that cannot be read, so that the trial goes on from its prefix or the start.
+
+    Returns:
+        Whether there were any.
+    """
+    path = folder / CHECKPOINT
+    there = [each for each in (path, path.with_stem(f"{path.stem}-previous")) if each.exists()]
+    for each in there:
+        with writing(each):
+            os.replace(each, each.with_stem(f"{each.stem}-damaged"))
+    push(folder, deep=True)
+    return bool(there)
 
 
 def see(given: Mapping[str, Any]) -> None:
