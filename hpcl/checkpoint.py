@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import io
 import os
+import pickletools
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -25,6 +27,8 @@ from hpcl.results import atomic_path
 from hpcl.validation import validation_problems
 
 CHECKPOINT_NAME = "checkpoint.pt"
+_NAMES = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")
+"""What a checkpoint's pickle names, besides the storages of tensors."""
 FORMAT = 1
 """Raised when the content changes so that older files no longer fit."""
 
@@ -105,7 +109,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of hpcl; give the {CHECKPOINT_NAME} of a run or trial folder")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: written in format {state['format']}, this version reads format {FORMAT}")
+    if lacks := _lacks(state):
+        raise UnreadableCheckpoint(
+            f"{path}: not a readable checkpoint ({lacks}); give the {CHECKPOINT_NAME} of a run or trial folder"
+        ) from ValueError(lacks)
     return state
+
+
+def _lacks(state: dict[str, Any]) -> str | None:
+    """What of a run's state is missing or of another kind; None where all is there that every reader uses."""
+    data, rows, pair = state.get("data"), state.get("rows"), state.get("pair")
+    shape = data.get("shape") if isinstance(data, dict) else None
+    checks = {
+        "config": isinstance(state.get("config"), dict),
+        "backbone": isinstance(state.get("backbone", 0), str | None),
+        "data": isinstance(data, dict) and all(isinstance(data.get(name), str) for name in ("source", "hash")),
+        "data.shape": isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape),
+        "pair": isinstance(pair, dict)
+        and all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in pair.items()),
+        "rows": isinstance(rows, list) and bool(rows) and all(_is_row(row) for row in rows),
+    }
+    wrong = [name for name, holds in checks.items() if not holds]
+    return f"{', '.join(wrong)}: not what a run writes" if wrong else None
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(name), int) for name in ("epoch", "world_size"))
 
 
 def _verify(path: Path) -> None:
@@ -121,6 +150,24 @@ def _verify(path: Path) -> None:
             raise zipfile.BadZipFile("not as torch.save writes it")
         if damaged := file.testzip():
             raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
+        for member in members:
+            if member.filename.endswith("/data.pkl"):
+                _verify_names(file.read(member))
+
+
+def _verify_names(content: bytes) -> None:
+    """See that a pickle names nothing but tensors and dictionaries: `bytearray`, which torch lets through, may take
+    any amount of memory.
+
+    Raises:
+        ValueError: it does.
+    """
+    for code, named, _ in pickletools.genops(content):
+        if code.name == "GLOBAL":
+            if named not in _NAMES and not re.fullmatch(r"torch [A-Z][A-Za-z0-9]*Storage", str(named)):
+                raise ValueError(f"names {named}")
+        elif code.name in ("STACK_GLOBAL", "INST"):
+            raise ValueError(f"has a {code.name}")
 
 
 def config_of(state: dict[str, Any]) -> Config:

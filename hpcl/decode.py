@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,13 +61,13 @@ def decode_all(items: Iterator[Item], size: int | None) -> tuple[list[Item], lis
     Raises:
         UserError: the pixels are more than memory holds.
     """
-    memory, taken = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0
     kept: list[Item] = []
     skipped: list[tuple[str, str]] = []
     arrays: list[_Pixels] = []
+    memory = _Memory()
 
     def several(part: list[Item]) -> list[_Pixels | str]:
-        return [_pixels(item, size) for item in part]
+        return [memory.take(_pixels(item, size)) for item in part]
 
     # Threads, not processes: Pillow decodes outside the interpreter lock, and a fork of a
     # process that already runs torch or Arrow threads may hang.
@@ -82,14 +83,35 @@ def decode_all(items: Iterator[Item], size: int | None) -> tuple[list[Item], lis
                     else:
                         kept.append(item)
                         arrays.append(result)
-                        taken += result.nbytes
-                        if taken > MOST_PART * memory:
-                            raise UserError(
-                                f"data.source: the first {len(kept):,} images take {taken / 1e9:.1f} GB when they are "
-                                f"decoded, but this machine has {memory / 1e9:.1f} GB of memory; set data.size to a "
-                                "smaller side in pixels, or take fewer images"
-                            )
     return kept, skipped, arrays
+
+
+class _Memory:
+    """What all decoded images take; asked by every thread after each image, so that none runs far beyond the bound."""
+
+    def __init__(self) -> None:
+        self._all = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self._taken = self._images = 0
+        self._lock = threading.Lock()
+
+    def take(self, result: _Pixels | str) -> _Pixels | str:
+        """Count an image, and give it back.
+
+        Raises:
+            UserError: there is no room for it.
+        """
+        if isinstance(result, str):
+            return result
+        with self._lock:
+            self._taken += result.nbytes
+            self._images += 1
+            if self._taken > MOST_PART * self._all:
+                raise UserError(
+                    f"data.source: the first {self._images:,} images take {self._taken / 1e9:.1f} GB when they are "
+                    f"decoded, but this machine has {self._all / 1e9:.1f} GB of memory; set data.size to a "
+                    "smaller side in pixels, or take fewer images"
+                )
+        return result
 
 
 def decode(content: bytes | Path, size: int | None) -> _Pixels:

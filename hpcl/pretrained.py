@@ -33,6 +33,8 @@ def export_backbone(checkpoint: Path, out: Path, side: Side = "query") -> tuple[
     """
     content = load_checkpoint(checkpoint)
     state = _part(content["pair"], f"{side}.backbone.")
+    if not state:
+        raise UserError(f"{checkpoint}: holds no tensor of a backbone; give the checkpoint of a run or trial folder")
     save_tensors(out, state)
     return content["backbone"] or config_of(content).model.backbone, list(state)
 
@@ -52,7 +54,13 @@ def load_network(checkpoint: Path, side: Side = "query") -> tuple[Config, Networ
     config = config_of(state)
     channels, height, width = state["data"]["shape"]
     network = build_network(config.model, config.head, channels, config.seed, None, (height, width))
-    network.load_state_dict(_part(state["pair"], f"{side}."))
+    try:
+        network.load_state_dict(_part(state["pair"], f"{side}."))
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint}: its tensors are not those of its configuration ({' '.join(str(error).split())[:200]}); "
+            "give another checkpoint"
+        ) from error
     return config, network.eval(), channels
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -113,6 +114,7 @@ RETRAIN_COLUMNS: tuple[Column, ...] = (
 TIME_COLUMNS = ("seconds", "seconds_cluster", "seconds_train", "seconds_meters", "images_per_second", "arrival")
 """Epoch columns that differ between two runs of the same seed."""
 
+_MOST_JSON = 64 * 2**20
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
 
 LOWER_IS_BETTER = frozenset({"nce_ref", "loss", "loss_inst", "loss_proto"})
@@ -184,6 +186,19 @@ def read_rows(path: Path, schema: pa.Schema | None = None) -> list[dict[str, Any
     return rows
 
 
+def read_some(path: Path, most: int) -> bytes:
+    """A file's content, up to so many bytes and one: the caller refuses what has more.
+
+    Raises:
+        OSError: there is no such file, or it is one that would be waited for (a pipe).
+    """
+    # Without waiting: who opens a pipe that nobody writes to never comes back.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Is a pipe", str(path))
+        return file.read(most + 1)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -191,7 +206,7 @@ def read_object(path: Path) -> dict[str, Any]:
         OSError, ValueError: there is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_some(path, _MOST_JSON))
     except RecursionError:
         raise ValueError("nests too deep") from None
     if not isinstance(content, dict):
@@ -204,27 +219,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HPCL_CACHE") or Path.home() / ".cache" / "hpcl").expanduser()
 
 
-def refuse_links(folder: Path) -> None:
+def refuse_links(folder: Path, *, itself: bool = False) -> None:
     """See that nothing below a folder is a link: what is written there would go elsewhere.
 
-    A folder that somebody else made may hold some; the folder itself may be one. (What a dashboard of
-    Optuna's leaves when it is killed, ``optuna.journal.lock``, is never written to.)
+    A folder that somebody else made may hold some; the folder itself may be one, unless `itself`. (What a
+    dashboard of Optuna's leaves when it is killed, ``optuna.journal.lock``, is never written to.)
 
     Raises:
         UserError: something is; names the first and where it leads.
     """
+    if itself and folder.is_symlink():
+        raise _link(folder)
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_symlink() and not entry.name.endswith(".lock"):
-                    raise UserError(
-                        f"{entry.path}: is a link to {Path(entry.path).readlink()}, but results are written through no "
-                        "link; put a copy of what it leads to in its place, or remove it"
-                    )
+                    raise _link(Path(entry.path))
                 if entry.is_dir(follow_symlinks=False):
                     refuse_links(Path(entry.path))
     except OSError:  # nothing there yet, or nothing that can be read: the first write will tell
         return
+
+
+def _link(path: Path) -> UserError:
+    return UserError(
+        f"{path}: is a link to {path.readlink()}, but results are written through no link; put a copy of what it leads "
+        "to in its place, or remove it"
+    )
 
 
 @contextmanager

@@ -135,8 +135,7 @@ def read(source: Source, size: int | None) -> Raw:
     if source.kind == "mnist5k":
         return _read_mnist5k(size)
     _log.info("reading images from %s", source.path)
-    items = _folder_items(source) if source.kind == "folder" else _parquet_items(source)
-    kept, skipped, arrays = decode_all(items, size)
+    kept, skipped, arrays = decode_all(items(source), size)
     skipped = [(harmless(where), harmless(reason)) for where, reason in (*source.skipped, *skipped)]
     for where, reason in skipped[:5]:
         _log.warning("skipped %s: %s", where, reason)
@@ -217,6 +216,28 @@ def _below(root: Path, path: str | Path) -> str:
     return Path(path).relative_to(root).as_posix()
 
 
+def items(source: Source) -> Iterator[Item]:
+    """The encoded images of a source of kind folder or parquet, in their order.
+
+    Raises:
+        DataError: a table cannot be read, or its columns do not fit.
+    """
+    return _folder_items(source) if source.kind == "folder" else _parquet_items(source)
+
+
+def check_tables(source: Source) -> None:
+    """See that every Parquet file of a source is whole and has the columns that are needed.
+
+    Raises:
+        DataError: one is not.
+    """
+    for file in source.files if source.kind == "parquet" else ():
+        try:
+            _checked_columns(pq.read_schema(file), file)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(file, error) from error
+
+
 def _folder_items(source: Source) -> Iterator[Item]:
     """One item per file; its class is the first folder, below the split where there are splits.
 
@@ -263,7 +284,11 @@ def _parquet_items(source: Source) -> Iterator[Item]:
                         )
                     yield Item(f"{file.name} row {number}", content, row.get("label"), code)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"data.source: {file} cannot be read as Parquet ({error}); write it again") from error
+            raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(f"data.source: {file} cannot be read as Parquet ({error}); write it again")
 
 
 def _rows_at_a_time(facts: Any) -> int:

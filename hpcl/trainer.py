@@ -30,7 +30,7 @@ from hpcl.config import Config
 from hpcl.data import DeviceImages, load
 from hpcl.data_rules import data_problems
 from hpcl.dist import current_world
-from hpcl.errors import UserError
+from hpcl.errors import UnreadableCheckpoint, UserError
 from hpcl.features import FeaturePass
 from hpcl.growth import make_policy
 from hpcl.hierarchy import Hierarchy
@@ -155,6 +155,7 @@ class Trainer:
                     f"(that would be after epoch {end} of {self.total_epochs})"
                 )
         refuse_links(self.folder)
+        new = not self.folder.exists()
         through = claim(self.folder) if self.world.rank == 0 else None
         self.world.barrier()  # from here on no other process writes there
         try:
@@ -162,8 +163,9 @@ class Trainer:
         finally:
             if through:
                 shutil.rmtree(through, ignore_errors=True)
-                with suppress(OSError):
-                    self.folder.rmdir()  # where nothing was written, as the run was refused
+                if new:
+                    with suppress(OSError):  # there are files in it
+                        self.folder.rmdir()
 
     def _go_on(self, report: Report, fork: Path | None, end: int, through: Path | None) -> None:
         """Train up to an epoch; `through` is rank 0's folder of :func:`hpcl.results.claim`."""
@@ -386,13 +388,19 @@ class Trainer:
                 f"{start.path}: belongs to a run with another backbone than this {ours}; give its backbone, "
                 "or another folder"
             ) from error
-        self.queue.load_state_dict(state["queue"])
-        self.policy.load_state_dict(state["growth"])
-        self.hierarchy.load_state_dict(state["hierarchy"])
-        self.meters.load_state_dict(state["meters"])
-        self.rows = state["rows"]
-        self._prepare(stage_at(self.plan, len(self.rows)))
-        self._optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.queue.load_state_dict(state["queue"])
+            self.policy.load_state_dict(state["growth"])
+            self.hierarchy.load_state_dict(state["hierarchy"])
+            self.meters.load_state_dict(state["meters"])
+            self.rows = state["rows"]
+            self._prepare(stage_at(self.plan, len(self.rows)))
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise UnreadableCheckpoint(
+                f"{start.path}: does not hold what this run needs ({type(error).__name__}: {error}); put one back "
+                f"from a copy, or remove {self.folder} to train the run anew"
+            ) from error
         return start._replace(state={"rows": self.rows})  # the rest is not kept for the run's life
 
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from hpcl.config import Config
 from hpcl.errors import ConfigError
-from hpcl.results import write_text
+from hpcl.results import read_some, write_text
 from hpcl.validation import Problem, TreePath, field_paths, validation_problems
 
 MAX_DEPTH, MAX_BYTES = 64, 64_000
@@ -105,8 +105,7 @@ def load_tree(path: str | os.PathLike[str]) -> Tree:
     """
     file = Path(path)
     try:
-        with open(file, "rb") as opened:
-            data = opened.read(MAX_BYTES + 1)
+        data = read_some(file, MAX_BYTES)
     except FileNotFoundError:
         siblings = [str(p) for p in sorted(file.parent.glob("*.y*ml"))] if file.parent.is_dir() else []
         raise ConfigError(f"{file}: there is no such file{did_you_mean(str(file), siblings)}") from None

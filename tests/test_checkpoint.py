@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FORKS, curve, run_in_process, timeless
+from runs import FORKS, curve, run_in_process, state, timeless
 
-from hpcl.checkpoint import UnreadableCheckpoint, load_checkpoint, previous_of, save_checkpoint
+from hpcl.checkpoint import load_checkpoint, previous_of, save_checkpoint
 from hpcl.config import Config
-from hpcl.errors import StorageError, UserError
+from hpcl.errors import StorageError, UnreadableCheckpoint, UserError
 from hpcl.results import read_rows
 from hpcl.runlog import RunLog
 from hpcl.trainer import fit
@@ -130,7 +130,7 @@ def _save_until(step: int, path: Path, links: bool) -> None:
 
         os.link = refuse
     sys.addaudithook(hook)
-    save_checkpoint(path, {"rows": [1, 2, 3]})
+    save_checkpoint(path, state(3))
     os._exit(0)
 
 
@@ -142,7 +142,7 @@ def _each_step(folder: Path, links: bool) -> None:
         step += 1
         path = folder / str(step) / "checkpoint.pt"
         for number in (1, 2):
-            save_checkpoint(path, {"rows": [0] * number})
+            save_checkpoint(path, state(number))
         child = os.fork()
         if not child:
             _save_until(step, path, links)
@@ -288,8 +288,9 @@ def test_a_fork_from_a_damaged_checkpoint_is_refused(broken: Path, tiny: Config,
 def test_no_flipped_bit_is_read_as_something_else(tmp_path: Path) -> None:
     """A bit that makes no difference may flip; torch.load alone would take most others for the truth."""
     path = tmp_path / "a.pt"
-    state = {"rows": [{"epoch": 1, "loss": 2.5}], "pair": {"w": torch.arange(40.0), "b": torch.ones(3)}}
-    save_checkpoint(path, state)
+    rows = [{"epoch": 1, "world_size": 1, "loss": 2.5}]
+    given = state(1, rows=rows, pair={"w": torch.arange(40.0), "b": torch.ones(3)})
+    save_checkpoint(path, given)
     whole = path.read_bytes()
     flips = [(at, bit) for at in range(len(whole)) for bit in range(8)]
     found, silent = 0, 0
@@ -300,8 +301,8 @@ def test_no_flipped_bit_is_read_as_something_else(tmp_path: Path) -> None:
         except UserError:
             found += 1
         else:
-            assert read["rows"] == state["rows"], (at, bit)
-            for name, value in state["pair"].items():
+            assert read["rows"] == rows, (at, bit)
+            for name, value in given["pair"].items():
                 assert torch.equal(read["pair"][name], value), (name, at, bit)
             silent += 1
         path.write_bytes(whole)
@@ -309,13 +310,14 @@ def test_no_flipped_bit_is_read_as_something_else(tmp_path: Path) -> None:
 
 
 def test_a_file_that_claims_to_hold_more_than_it_has_is_not_unpacked(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "a.pt", {"rows": [], "pair": {"w": torch.zeros(100_000)}})
+    save_checkpoint(tmp_path / "a.pt", state(1, pair={"w": torch.zeros(100_000)}))
     with zipfile.ZipFile(tmp_path / "a.pt") as plain, zipfile.ZipFile(tmp_path / "b.pt", "w") as packed:
         for member in plain.infolist():
             packed.writestr(member.filename, plain.read(member), zipfile.ZIP_DEFLATED)
     assert "w" in torch.load(tmp_path / "b.pt", weights_only=True)["pair"]  # torch unpacks it
-    with pytest.raises(UnreadableCheckpoint):
+    with pytest.raises(UnreadableCheckpoint) as refused:
         load_checkpoint(tmp_path / "b.pt")
+    assert "not as torch.save writes it" in str(refused.value.__cause__)
 
 
 # ---------------------------------------------------------------- full disks

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from hpcl.search import elastic
 from hpcl.search.elastic import Room, machines
 from hpcl.search.params import Resources
-from hpcl.search.plan import Node, NoRoom, concurrency
+from hpcl.search.plan import Node, NoRoom, concurrency, make_plan
+from hpcl.search.plan_text import render
+from hpcl.search.space import apply_overrides, from_tree
+from hpcl.yamlio import read_tree
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +67,30 @@ def test_only_machines_with_the_asked_kind_of_gpu_count() -> None:
     assert room.each(1) == "1 x 8 CPUs + 1 GPUs (A100)"
     assert concurrency(Resources(), nodes).worker == {"CPU": 4.0, "GPU": 1.0}
     assert concurrency(wanted, [Node(8, 3)]).trials == 3  # not known which, as for --assume-gpus
-    with pytest.raises(NoRoom, match=r"of kind H100 = 1.*4 GPUs of kind L4.*lower .*or resources.accelerator_type"):
+    with pytest.raises(
+        NoRoom, match=r"is H100, but the cluster has .*4 GPUs of kind L4.*; name one .*\(A100, L4\), or"
+    ):
         concurrency(Resources(accelerator_type="H100"), nodes)
+    with pytest.raises(NoRoom, match=r"accelerator_type is T4, but the cluster has 2 CPUs.*; leave it out"):
+        concurrency(Resources(accelerator_type="T4"), [Node(2)])
+    with pytest.raises(NoRoom, match=r"of kind L4 = 8.*has room for 4 such workers"):
+        concurrency(Resources(accelerator_type="L4", workers=8), nodes)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "cpus", "said"),
+    [
+        (1, 0.25, "auto", "4 trials of 1 worker of 4 CPUs and 0.25 GPUs; up to 4 share a GPU"),
+        (2, 0.5, "auto", "4 trials of 1 worker of 4 CPUs and 0.5 GPUs; up to 2 share a GPU"),
+        (1, 0.1, 8, "2 trials of 1 worker of 8 CPUs and 0.1 GPUs; up to 2 share a GPU"),
+        (2, 1, "auto", "2 trials of 1 worker of 8 CPUs and 1 GPU (for"),
+    ],
+)
+def test_the_plan_says_how_many_trials_share_a_gpu(gpus: int, share: float, cpus: Any, said: str) -> None:
+    space = from_tree(read_tree("space: {clusters.first: {int: [2, 32]}}\n"))
+    wanted = apply_overrides(space, [f"resources.gpus_per_worker={share}", f"resources.cpus_per_worker={cpus}"])
+    plan = make_plan(wanted, [Node(16, gpus)], cluster="one machine", folder=Path("results/x"))
+    assert said in render(plan)
 
 
 def test_a_kind_of_gpu_without_gpus_is_refused() -> None:

@@ -63,6 +63,29 @@ def test_more_pixels_than_memory_are_refused(tmp_path: Path, monkeypatch: pytest
         load(Data(source=str(class_folders(tmp_path / "set"))), tmp_path / "cache")
 
 
+def test_the_memory_is_bounded_while_images_are_decoded(tmp_path: Path) -> None:
+    """96 images of 9 MB each that take 1 kB as files, where 100 MB are allowed."""
+    for number in range(96):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{number}.png").write_bytes(huge_png(3000))
+    code = (
+        "import os, resource, sys; from hpcl import decode, sources; from hpcl.errors import UserError\n"
+        "decode.MOST_PART = 1e8 / (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))\n"
+        "os.cpu_count = lambda: 2\n"
+        "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = most()\n"
+        "try: sources.read(sources.find(sys.argv[1]), None)\n"
+        "except UserError as error: print(error)\n"
+        "print(most() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "set")], capture_output=True, text=True, check=True
+    )
+    said, most = done.stdout.splitlines()
+    assert "the first 1" in said and "images take 0.1 GB when they are decoded" in said  # 12, or 13 with two threads
+    assert int(most) < 250_000, done.stdout  # kB
+
+
 def test_a_dictionary_that_multiplies_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
     """10 MB that stand once in a file of a few kilobytes, and in each of its 200 rows."""
     once = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array([bytes(10_000_000)]))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from conftest import TINY
 from hostile import Evil, sentinel
 
 import hpcl
+from hpcl.checkpoint import load_checkpoint
 from hpcl.cli import main
 from hpcl.config import Config
-from hpcl.errors import UserError, harmless
+from hpcl.errors import UnreadableCheckpoint, UserError, harmless
 from hpcl.search.journal import read_events
 from hpcl.search.sampler import Sampler
 from hpcl.search.space import load as load_space
@@ -129,14 +130,10 @@ def hostile_checkpoints(sentinel: Path) -> dict[str, bytes]:
     zipped, old, state = io.BytesIO(), io.BytesIO(), {"format": 1, "rows": [], "evil": Evil(sentinel)}
     torch.save(state, zipped)
     torch.save(state, old, _use_new_zipfile_serialization=False)
-    bomb = io.BytesIO()
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("archive/data.pkl", pickle.dumps(Evil(sentinel)))
-        file.writestr("archive/data/0", bytes(50_000_000))
-    return {"plain": pickle.dumps(state), "zip": zipped.getvalue(), "old": old.getvalue(), "bomb": bomb.getvalue()}
+    return {"plain": pickle.dumps(state), "zip": zipped.getvalue(), "old": old.getvalue()}
 
 
-@pytest.mark.parametrize("kind", ["plain", "zip", "old", "bomb"])
+@pytest.mark.parametrize("kind", ["plain", "zip", "old"])
 def test_a_checkpoint_runs_no_code(kind: str, tmp_path: Path, sentinel: Path, refused: Callable[..., str]) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -154,9 +151,70 @@ def test_a_checkpoint_runs_no_code(kind: str, tmp_path: Path, sentinel: Path, re
     assert not (tmp_path / "out.pt").exists()
 
 
+def test_a_checkpoint_takes_no_memory_beyond_its_size(tmp_path: Path) -> None:
+    """A file of a kilobyte whose pickle asks for 20 GB, which torch's restricted reader allows."""
+    path, pickled = tmp_path / "checkpoint.pt", b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\xc8\x17\xa8\x04\x85R."
+    file = torch._C.PyTorchFileWriter(str(path))  # as torch.save writes
+    file.write_record("data.pkl", pickled, len(pickled))
+    file.write_end_of_file()
+    with pytest.raises(UnreadableCheckpoint) as refused:
+        load_checkpoint(path)
+    assert "names builtins bytearray" in str(refused.value.__cause__)
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "nothing in it": lambda state: [state.pop(name) for name in list(state) if name != "format"],
+    "no configuration": lambda state: state.pop("config"),
+    "a configuration that is a list": lambda state: state.update(config=[1]),
+    "no rows": lambda state: state.update(rows=[]),
+    "rows that are numbers": lambda state: state.update(rows=[1, 2]),
+    "images that are text": lambda state: state.update(data="x"),
+    "images without a shape": lambda state: state["data"].update(shape=[1, -8, 2**40]),
+    "a backbone that is a number": lambda state: state.update(backbone=7),
+    "tensors that are numbers": lambda state: state.update(pair={"query.backbone.0": 1}),
+    "tensors without names": lambda state: state.update(pair={5: torch.ones(1)}),
+    "no tensors": lambda state: state.update(pair={}),
+    "tensors of another shape": lambda state: state.update(pair={n: torch.ones(1) for n in state["pair"]}),
+    "names that paint the terminal": lambda state: state.update(
+        pair={"query.\x1b[31mred": torch.ones(1), "query.backbone.\x1b]0;title\x07": torch.ones(1)}
+    ),
+    "no queue": lambda state: state.pop("queue"),
+    "a queue of text": lambda state: state.update(queue={"keys": "x"}),
+    "another optimizer": lambda state: state.update(optimizer={"state": {}, "param_groups": []}),
+    "a hierarchy of nothing": lambda state: state.update(hierarchy={}),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_checkpoint_is_refused_in_a_sentence(
+    kind: str,
+    unbroken: tuple[Path, list[dict[str, Any]]],
+    tmp_path: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    state = load_checkpoint(unbroken[0] / "checkpoint.pt")
+    FORGED[kind](state)
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(state, run / "checkpoint.pt")
+    write(tmp_path / "config.yaml", Config.model_validate(TINY))
+    said = []
+    for command in (("knn", run / "checkpoint.pt"), ("export", run / "checkpoint.pt", tmp_path / "out.pt")):
+        monkeypatch.setattr("sys.argv", ["hpcl", *map(str, command)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        streams = capsys.readouterr()
+        assert ended.value.code in (0, 2, None), streams.err  # what knn and export do not need may be anything
+        said.append(streams.out + streams.err)
+    said.append(refused("train", tmp_path / "config.yaml", "--folder", run))
+    assert all("Traceback" not in text and "\x1b" not in text and "\x07" not in text for text in said), said
+
+
 def test_nothing_in_the_package_reads_pickles_or_runs_text() -> None:
     """A look at all calls: whoever adds one of these has to think of files from others."""
-    allowed = {("lean.py", "pickle.dumps"), ("lean.py", "cloudpickle.dumps")}
+    allowed = {("lean.py", "pickle.dumps"), ("lean.py", "cloudpickle.dumps"), ("checkpoint.py", "pickletools.genops")}
     found = set()
     for path in [*ROOT.glob("hpcl/**/*.py"), ROOT / "run_search.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -228,7 +286,20 @@ def test_values_that_no_trial_can_have(values: dict[str, Any], tmp_path: Path, r
     assert "journal.jsonl: trial 0001 has values that no configuration has" in said
 
 
-@pytest.mark.parametrize("content", ["[]", "[" * 100_000, "null", '{"hardware": []}', '{"hardware": {"nodes": [[1]]}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "[" * 100_000,
+        "null",
+        '{"hardware": []}',
+        '{"hardware": {"nodes": [[1]]}}',
+        *(
+            f'{{"hardware": {{"nodes": [{{"CPU": {n}}}]}}}}'
+            for n in ("Infinity", "1e400", "NaN", "-2", '"2"', "[1]", "true")
+        ),
+    ],
+)
 def test_a_record_that_is_none(content: str, tmp_path: Path, refused: Callable[..., str]) -> None:
     folder = search_folder(tmp_path / "results" / "mine")
     (folder / "search.json").write_text(content)
@@ -237,7 +308,16 @@ def test_a_record_that_is_none(content: str, tmp_path: Path, refused: Callable[.
 
 
 @pytest.mark.parametrize(
-    "link", ["trials/0000", "journal.jsonl", "optuna.journal", "trials/0000/log.txt", "tune", "../prefixes/.key-mine"]
+    "link",
+    [
+        "trials/0000",
+        "journal.jsonl",
+        "optuna.journal",
+        "trials/0000/log.txt",
+        "tune",
+        "../prefixes/.key-mine",
+        "../prefixes",
+    ],
 )
 def test_results_are_written_through_no_link(link: str, tmp_path: Path, refused: Callable[..., str]) -> None:
     folder, outside = search_folder(tmp_path / "results" / "mine"), tmp_path / "outside"
@@ -248,12 +328,39 @@ def test_results_are_written_through_no_link(link: str, tmp_path: Path, refused:
     path.unlink(missing_ok=True)
     path.symlink_to(outside if path.suffix == "" else outside / "profile")
     space = tmp_path / "results" / "space.yaml"
-    said = refused("search", "--space", space, "--results", folder.parent, "--name", "mine", "--dry-run")
+    said = refused("search", "--space", space, "--results", folder.parent, "--name", "mine")
     assert f"{path.resolve().name}" in said and "is a link to" in said and "remove it" in said
     if not link.startswith("."):
         (folder / "journal.jsonl").unlink(missing_ok=True)
         assert "hpcl" not in (outside / "profile").read_text()
     assert sorted(p.name for p in outside.iterdir()) == ["profile"] and (outside / "profile").read_text() == "kept"
+
+
+@pytest.mark.parametrize("link", ["retrain", "retrain/trials", "retrain/journal.jsonl"])
+def test_runs_of_retrain_are_written_through_no_link(link: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    finished = {"epoch": 1, "state": "finished", "objective": 0.5, "seconds": 1.0}
+    folder = search_folder(
+        tmp_path / "results" / "mine", {**ROW, "row": finished}, {**END, "state": "finished"},
+        {"event": "state", "state": "finished", "reason": "all trials have ended"},
+    )  # fmt: skip
+    (folder / "search.json").write_text(
+        json.dumps({"hardware": {"nodes": [{"CPU": 2.0}]}, "data_hash": "as it is", "state": "finished"})
+    )
+    outside, path = tmp_path / "outside", folder / link
+    outside.mkdir()
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(outside if path.suffix == "" else outside / "profile")
+    said = refused("retrain", folder)
+    assert f"{path.name}: is a link to" in said and not list(outside.iterdir())
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = search_folder(tmp_path / "results" / "mine")
+    for name in ("space.yaml", "search.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert f"{folder / name}: cannot be read (" in refused("status", folder)
+    assert "cannot be read" in refused("train", folder / "space.yaml")
 
 
 def test_a_run_folder_writes_through_no_link(tmp_path: Path, refused: Callable[..., str]) -> None:

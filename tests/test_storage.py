@@ -256,11 +256,12 @@ def test_a_trial_finds_what_another_process_of_it_left(uri: str, tmp_path: Path,
     fill(prefix, checkpoint__pt="prefix")
     if remote:
         storage.push_part(home / JOURNAL_NAME, 0, 3), storage.push(prefix), storage.drop(prefix)
-    first, fork = bring(given)
-    assert first == folder and list(folder.iterdir()) == [] and fork is not None and fork.read_text() == "prefix"
+    first, fork = bring(given, "one")
+    assert first == folder and fork is not None and fork.read_text() == "prefix"
+    assert [path.name for path in folder.iterdir()] == (["attempt"] if remote else [])
     fill(folder, checkpoint__pt="4")
     write_table(folder / "epochs.parquet", rows_to(5), epoch_schema())
-    keep(given)
+    keep(given, "one")
     storage.drop(folder)
     bring(given)
     assert (folder / "checkpoint.pt").read_text() == "4"
@@ -270,12 +271,12 @@ def test_a_trial_finds_what_another_process_of_it_left(uri: str, tmp_path: Path,
     assert unreported(given, 3, 4) == unreported(given, 0, 2) == []
     assert unreported(given, 0, 4)[0].keys() >= {"epoch", "stage", "state", "shared"}
     (folder / "epochs.parquet").write_text("no table")
-    keep(given)
+    keep(given, "one")
     assert unreported(given, 0, 4) == []
     if not remote:
         shutil.rmtree(home)
         with pytest.raises(StorageError, match="is not there, seen from"):
-            keep(given)
+            keep(given, "one")
 
 
 # ---------------------------------------------------------------- disks

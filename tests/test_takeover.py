@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import state
 from stores import at, fill
 
 from hpcl.checkpoint import load_checkpoint, previous_of, save_checkpoint
@@ -75,19 +76,19 @@ def test_nothing_comes_to_stand_at_any_moment_after_a_claim(
         for left in tmp_path.glob("*.pt"):
             left.unlink()
         old = claim(tmp_path)
-        save_checkpoint(path, {"rows": [1]}, old)
-        save_checkpoint(path, {"rows": [1, 2]}, old)
+        save_checkpoint(path, state(1), old)
+        save_checkpoint(path, state(2), old)
 
         def taken(*arguments: Any, name: str = name, real: Any = real) -> Any:
             monkeypatch.setattr(name, real)
-            save_checkpoint(path, {"rows": [1, 2, 3]}, claim(tmp_path))
+            save_checkpoint(path, state(3), claim(tmp_path))
             return real(*arguments)
 
         monkeypatch.setattr(name, taken)
         with pytest.raises(TakenOver, match="another process trains there since"):
-            save_checkpoint(path, {"rows": [1, 2, "old"]}, old)
-        assert load_checkpoint(path)["rows"] == [1, 2, 3], name
-        assert load_checkpoint(previous_of(path))["rows"] == [1, 2], name
+            save_checkpoint(path, state(4), old)
+        assert load_checkpoint(path) == {"format": 1, **state(3)}, name
+        assert load_checkpoint(previous_of(path)) == {"format": 1, **state(2)}, name
 
 
 def test_a_folder_that_is_gone_is_no_takeover(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_folder_that_is_gone_is_no_takeover(tmp_path: Path) -> None:
     through = claim(folder)
     folder.rename(tmp_path / "unmounted")
     with pytest.raises(StorageError, match="was its disk unmounted"):
-        save_checkpoint(folder / "checkpoint.pt", {"rows": []}, through)
+        save_checkpoint(folder / "checkpoint.pt", state(1), through)
 
 
 def test_in_a_store_the_older_process_sends_nothing_more(uri: str, root: Path) -> None:

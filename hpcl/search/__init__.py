@@ -19,7 +19,7 @@ Where to look:
     what is known           journal and events (all of it), tables (made of it), record (search.json), found (the end)
     what is seen            progress, live (the table in a terminal), forecast, status, interrupt (Ctrl-C)
     afterwards              retrain, retrained (what it says), listed, evidence
-    what is amiss           doctor; probe and facts (what is seen), diagnosis and agreement (what it means)
+    what is amiss           doctor; probe, images and facts (what is seen), diagnosis and agreement (what it means)
     without Ray             simulator, synthetic (curves)
 """
 

@@ -209,4 +209,8 @@ def images(alive: Sequence[NodeFacts], data: str, where: str) -> list[Finding]:
         files = next(iter(groups)).files
         size = f" ({counted(files, 'file')})" if files else ""
         findings.append(Finding("ok", "images", f"{data}{size} can be read{where}"))
+    for text in dict.fromkeys(facts.left_out for facts in read.values() if facts.left_out):
+        findings.append(
+            Finding("note", "images", f"left out: {text}", "give the user of the cluster the right to read")
+        )
     return findings

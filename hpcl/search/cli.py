@@ -121,6 +121,7 @@ def _dry_run(space: Space, options: argparse.Namespace) -> int:
     from hpcl.search.machine import local_node
     from hpcl.search.plan import make_plan
     from hpcl.search.plan_text import render
+    from hpcl.search.warm import read_warm
 
     if problems := backbone_problems(space):
         raise UserError(*problems)
@@ -139,5 +140,6 @@ def _dry_run(space: Space, options: argparse.Namespace) -> int:
         resumes=choice.resume,
         measured=measured,
     )
-    print(harmless(render(plan)))
+    lines = read_warm(options.warm_from, space).lines if options.warm_from else []
+    print(harmless("\n".join([render(plan), *lines])))
     return 0

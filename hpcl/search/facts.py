@@ -141,6 +141,8 @@ class DataFacts(Facts):
     files: int = 0
     digest: str = ""
     """Equal for equal names and sizes of files."""
+    left_out: str = ""
+    """The first entry of a folder that cannot be looked into, and why; empty: there is none."""
 
 
 class NodeFacts(Facts):

@@ -75,7 +75,7 @@ def choose_folder(space: Space, name: str | None, results: str | Path, *, fresh:
     root = place(results).resolve()
     first = root / (name or space.name)
     _bring(first)
-    refuse_links(root / "prefixes")
+    refuse_links(root / "prefixes", itself=True)
     if fresh:
         return Choice(_free(first), resume=False)
     there = [_Earlier(first)] if _exists(first) else []

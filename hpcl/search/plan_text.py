@@ -104,7 +104,8 @@ def _at_a_time(plan: Plan) -> str:
     gpus = room.gpus_per_worker
     kind = f" of kind {room.accelerator}" if room.accelerator else ""
     each += f" and {counted(gpus, 'GPU')}{kind}" if gpus else ""
-    packed = f"; {int(1 / gpus + 1e-9)} trials share a GPU" if 0 < gpus <= 0.5 else ""
+    sharing = min(int(1 / gpus + 1e-9), room.trials) if 0 < gpus <= 0.5 else 1
+    packed = f"; up to {sharing} share a GPU" if sharing > 1 else ""
     return f"{counted(room.trials, 'trial')} of {each}{packed} (for {plan.cluster})"
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hpcl
+from hpcl.errors import UserError
 from hpcl.prefix import code_version
 from hpcl.results import cache_folder
 from hpcl.search.cluster import ray_folder
@@ -119,6 +120,14 @@ def within(seconds: float, function: Callable[[], _T]) -> _T:
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
+
+
+def reason_of(error: Exception) -> str:
+    """What the system said, without pyarrow's repetition of the path and without advice."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    text = first_line(error)
+    return text.rpartition("; ")[0] or text if isinstance(error, UserError) else text
 
 
 def first_line(text: object) -> str:

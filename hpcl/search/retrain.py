@@ -214,7 +214,9 @@ def _read(folder: Path, train: TrainFunction | None, backbone: Callable[[], Any]
     known, used = space.base.model.backbone, record.get("backbone")
     call = "retrain it from Python: hpcl.search.retrain.retrain(folder"
     if backbone is None and used not in (None, known):
-        raise UserError(f"{where}: was searched with a backbone of your own ({used}); {call}, backbone={used})")
+        # It is the folder's word, and somebody may paste it into Python.
+        named = used if isinstance(used, str) and used.isidentifier() else "..."
+        raise UserError(f"{where}: was searched with a backbone of your own ({used}); {call}, backbone={named})")
     if train is None and record.get("data_hash") is None:
         raise UserError(f"{where}: was searched with a train function of your own; {call}, train=...)")
     return _Search(folder, space, tables, record, status.state)

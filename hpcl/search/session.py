@@ -164,9 +164,8 @@ class Session:
     def warm(self, warm: Warm) -> None:
         """Tell the sampler of earlier searches' trials."""
         self.sampler.add_finished(warm.points)
-        self._say(f"warm start: {len(warm.points)} finished trials of earlier searches")
-        for text in (*warm.notes, *(f"skipped {text}" for text in warm.skipped)):
-            self._say(f"  {text}")
+        for line in warm.lines:
+            self._say(line)
 
     def close(self) -> None:
         """Give the folder free; safe to call twice, and where it was not opened."""

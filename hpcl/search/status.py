@@ -147,7 +147,10 @@ def _plan(folder: Path) -> Plan:
     """The plan of the search, of its space and the machines that it found."""
     path = folder / "search.json"
     try:
-        nodes = machines([{"Resources": each} for each in read_object(path)["hardware"]["nodes"]])
+        found = read_object(path)["hardware"]["nodes"]
+        if any(isinstance(n, bool) or not 0 <= n < 1e18 for each in found for n in each.values()):
+            raise ValueError("what machines have must be numbers >= 0")
+        nodes = machines([{"Resources": each} for each in found])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{location(path)}: cannot be read ({reason}); a search writes it at its start") from None

@@ -71,7 +71,10 @@ def check(where: str | os.PathLike[str]) -> None:
             stream.write(b"hpcl")
         files.delete_file(at)
 
-    _try(probe.parent, write, patience=0.0)
+    try:
+        _try(probe.parent, write, patience=0.0)
+    except StorageError as error:  # nothing has begun that could go on later
+        raise UserError(*error.problems) from error
 
 
 def opened(path: Path) -> tuple[Any, str]:

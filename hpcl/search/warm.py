@@ -54,6 +54,12 @@ class Warm:
     notes: list[str] = field(default_factory=list)
     """What could not be checked and is taken on trust."""
 
+    @property
+    def lines(self) -> list[str]:
+        """All of it, to be printed."""
+        more = (*self.notes, *(f"skipped {text}" for text in self.skipped))
+        return [f"warm start: {len(self.points)} finished trials of earlier searches", *(f"  {text}" for text in more)]
+
 
 @dataclass(frozen=True)
 class _Earlier:

@@ -18,7 +18,7 @@ from hpcl.errors import StorageError, TakenOver
 from hpcl.results import read_rows, write_text, writing
 from hpcl.search.journal import JOURNAL_NAME
 from hpcl.search.places import is_remote, location, place
-from hpcl.search.storage import exists, fetch, push
+from hpcl.search.storage import drop, exists, fetch, push
 from hpcl.search.store import CHECKPOINT
 
 Row = dict[str, Any]
@@ -73,6 +73,7 @@ def keep(given: Mapping[str, Any], attempt: str) -> None:
     if not is_remote(folder):
         see(given)
         return
+    drop(folder / ATTEMPT)  # two of one second look alike
     fetch(folder, {ATTEMPT})
     if (folder / ATTEMPT).read_text() != attempt:
         raise TakenOver(f"{location(folder)}: another process trains there since; this one ends")
