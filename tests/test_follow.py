@@ -17,7 +17,6 @@ from hpcl.search.budget import Budget
 from hpcl.search.interrupt import Draining
 from hpcl.search.monitor import Monitor
 from hpcl.search.plan import Node, make_plan
-from hpcl.search.prefixes import PrefixNode
 from hpcl.search.progress import Follow
 from hpcl.search.queue import Prefixes, WorkQueue
 from hpcl.search.sampler import Sampler

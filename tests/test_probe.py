@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from stores import ENVIRONMENT, Server
@@ -88,6 +90,35 @@ def test_images_are_compared_by_names_and_sizes(tmp_path: Path) -> None:
     assert one == two != three and three.files == 2 and not one.error
     assert "which does not exist" in nodes.look_at_data(str(tmp_path / "four")).error
     assert nodes.look_at_data("mnist5k") == DataFacts(digest="mnist5k")
+
+
+def test_images_that_cannot_be_read_are_a_fault(tmp_path: Path) -> None:
+    for name in ("texts", "some"):
+        (tmp_path / name / "cats").mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / name / "cats" / f"{number}.png").write_text("no image")
+    Image.new("L", (8, 8)).save(tmp_path / "some" / "cats" / "9.png")
+    said = nodes.look_at_data(str(tmp_path / "texts")).error
+    assert "none of the first 3 images can be read (cats/0.png: " in said
+    assert not nodes.look_at_data(str(tmp_path / "some")).error
+    pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "column.parquet")
+    assert "has no column `image`" in nodes.look_at_data(str(tmp_path / "column.parquet")).error
+    pq.write_table(pa.table({"image": [b"x"] * 9}), tmp_path / "none.parquet")
+    assert "none of the first 8 images" in nodes.look_at_data(str(tmp_path / "none.parquet")).error
+    (tmp_path / "half.parquet").write_bytes((tmp_path / "none.parquet").read_bytes()[:-9])
+    assert "cannot be read as Parquet" in nodes.look_at_data(str(tmp_path / "half.parquet")).error
+    with pa.OSFile(str(tmp_path / "other.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([])):
+        pass
+    assert "that this project did not write" in nodes.look_at_data(str(tmp_path / "other.arrow")).error
+
+
+def test_a_file_that_this_user_may_not_read_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cats").mkdir()
+    for number in range(2):
+        Image.new("L", (8, 8)).save(tmp_path / "cats" / f"{number}.png")
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("1.png"))  # root may read all
+    said = nodes.look_at_data(str(tmp_path)).error
+    assert said.endswith("cats/1.png: may not be read by this user (1 of 2 files)")
 
 
 def test_marks_tell_one_folder_from_another_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from hpcl.errors import StorageError, UserError
 from hpcl.results import epoch_schema, write_table
 from hpcl.search import cli, storage
 from hpcl.search.folder import choose_folder
-from hpcl.search.journal import JOURNAL_NAME, Journal, read_events
+from hpcl.search.journal import JOURNAL_NAME, Journal
 from hpcl.search.places import is_remote, location, place, shown, told
-from hpcl.search.sampler import Sampler
 from hpcl.search.status import read
 from hpcl.search.store import PrefixStore
 from hpcl.search.work import bring, keep, unreported
@@ -277,78 +275,6 @@ def test_a_trial_finds_what_another_process_of_it_left(uri: str, tmp_path: Path,
         shutil.rmtree(home)
         with pytest.raises(StorageError, match="is not there, seen from"):
             keep(given, "one")
-
-
-# ---------------------------------------------------------------- disks
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a small disk can be mounted by root only ({made.stderr.strip()})")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_an_event_that_finds_the_disk_full_leaves_none_of_it(small_disk: Path) -> None:
-    journal = Journal(small_disk / JOURNAL_NAME)
-    journal.append("note", text="first")
-    filler = small_disk / "filler"
-    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            file.write(b"x" * 4096)
-    with pytest.raises(StorageError, match=r"journal\.jsonl: cannot be written .*No space left.*; free space there"):
-        for _ in range(100):
-            journal.append("note", sync=True, text="x" * 1000)
-    known = len(read_events(small_disk / JOURNAL_NAME))
-    assert (small_disk / JOURNAL_NAME).read_bytes().endswith(b"\n")
-    filler.unlink()
-    journal.append("note", text="goes on")
-    journal.close()
-    texts = [event["text"] for event in read_events(small_disk / JOURNAL_NAME)]
-    assert texts == ["first", *["x" * 1000] * (known - 1), "goes on"]
-
-
-def test_a_journal_whose_folder_is_gone_is_not_written_on(tmp_path: Path) -> None:
-    folder = fill(tmp_path / "results" / "mine")
-    journal = Journal(folder / JOURNAL_NAME)
-    journal.append("note", text="first")
-    folder.parent.rename(tmp_path / "unmounted")
-    with pytest.raises(StorageError, match=r"is gone \(No such file or directory\)"):
-        journal.append("note", text="lost")
-    fill(folder, **{"journal__jsonl": ""})
-    with pytest.raises(StorageError, match="another file is there"):
-        journal.append("note", text="lost")
-    shutil.rmtree(folder.parent)
-    (tmp_path / "unmounted").rename(folder.parent)
-    journal.append("note", text="found")
-    journal.close()
-    assert [event["text"] for event in read_events(folder / JOURNAL_NAME)] == ["first", "found"]
-
-
-def test_a_study_whose_folder_is_gone_says_so_too(tmp_path: Path) -> None:
-    folder = fill(tmp_path / "mine")
-    sampler = Sampler(space_of(), startup=2, journal=folder / "optuna.journal")
-    shutil.rmtree(folder)
-    with pytest.raises(StorageError, match=r"optuna\.journal: cannot be written .*; was its disk unmounted\?"):
-        sampler.ask(0)
-
-
-def test_the_trouble_is_found_inside_what_ray_raises() -> None:
-    try:
-        try:
-            raise StorageError("results: cannot be written")
-        except StorageError:
-            raise RuntimeError("Traceback ...")  # noqa: B904 - as Tune does
-    except RuntimeError as error:
-        assert storage.storage_trouble(error) == "results: cannot be written"
-    inside = RuntimeError("Traceback\n  File x\nOSError: [Errno 28] No space left on device: '/tmp/ray/x'\n")
-    assert "No space left on device: '/tmp/ray/x'; free space there" in str(storage.storage_trouble(inside))
-    assert storage.storage_trouble(ValueError("a bug")) is None
 
 
 def test_names_load_nothing_heavy() -> None:
