@@ -93,7 +93,7 @@ def scripted(
         return made | {"objective": quality if epoch == total else None, "world_size": world.size}
 
     def state(rows: list[Row]) -> dict[str, Any]:
-        data = {"source": "none", "hash": "none", "shape": []}
+        data = {"source": "none", "hash": "none", "shape": [1, 8, 8]}
         kept = {"config": config.model_dump(mode="json"), "backbone": None, "data": data, "growth": {}}
         return {**kept, "pair": {"weights": torch.zeros(1000)}, "rows": rows}
 

@@ -119,9 +119,11 @@ class Raylets:
         """Where a search connects to."""
         return str(self._cluster.address)
 
-    def add(self, *, wait: bool = True) -> None:
-        """One more raylet."""
-        self.nodes.append(self._cluster.add_node(wait=wait, num_cpus=self._cpus, object_store_memory=STORE))
+    def add(self, *, wait: bool = True, gpus: int = 0) -> Any:
+        """One more raylet; GPUs that it only claims to have will do for a trainer that uses none."""
+        node = self._cluster.add_node(wait=wait, num_cpus=self._cpus, num_gpus=gpus, object_store_memory=STORE)
+        self.nodes.append(node)
+        return node
 
     def kill(self, *nodes: Any) -> None:
         """kill -9 of raylets."""

@@ -9,7 +9,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,8 +28,8 @@ SPACE = """
 base: {{preset: embedded, optimizer: {{weight_decay: 1.0e-4}}, stages: {{total: {epochs}}}}}
 space:
   optimizer.weight_decay: {{float: [1.0e-4, 1.0], log: true}}
-search: {{trials: {trials}, grace: 2, factor: 2, max_concurrent: 2, seed: 3}}
-resources: {{workers: {workers}, cpus_per_worker: {cpus}, gpus_per_worker: 0}}
+search: {{trials: {trials}, factor: 2, seed: 3, {more}}}
+resources: {{{resources}}}
 """
 """Trial 0 is the best there can be: ASHA never stops it."""
 
@@ -53,13 +53,30 @@ def cluster() -> Iterator[Any]:
         yield found
 
 
-def search(cluster: Any, folder: Path, *, trials: int, epochs: int, workers: int = 1) -> Any:
-    """A search that was started as a user starts it; an epoch takes 0.3 s, more in worse trials."""
-    cpus = {1: 0.8, 2: 0.4}[workers]
-    (folder / "s.yaml").write_text(SPACE.format(trials=trials, epochs=epochs, workers=workers, cpus=cpus))
-    started = raylets.Search(folder / "s.yaml", folder, cluster.address, "--pause", "0.3", "--lag", "4")
-    started.start()
-    return started
+@pytest.fixture
+def search(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts a search as a user starts it, on two raylets; an epoch takes 0.3 s, more in worse trials."""
+    while len(cluster.nodes) < 2:
+        cluster.add()
+    started = raylets.Search(tmp_path / "s.yaml", tmp_path, cluster.address, "--pause", "0.3", "--lag", "4")
+
+    def start(
+        *,
+        trials: int,
+        epochs: int,
+        workers: int = 1,
+        more: str = "grace: 2, max_concurrent: 2",
+        resources: str = "",
+    ) -> Any:
+        cpus = {1: 0.8, 2: 0.4}[workers]
+        resources = resources or f"workers: {workers}, cpus_per_worker: {cpus}, gpus_per_worker: 0"
+        (tmp_path / "s.yaml").write_text(SPACE.format(trials=trials, epochs=epochs, more=more, resources=resources))
+        started.start()
+        return started
+
+    yield start
+    if started.process and not started.ended:
+        started.kill()
 
 
 def free(cluster: Any) -> bool:
@@ -69,9 +86,9 @@ def free(cluster: Any) -> bool:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stop_frees_the_place_and_the_processes_of_a_trial_that_has_no_successor(
-    cluster: Any, tmp_path: Path, workers: int
+    cluster: Any, search: Any, workers: int
 ) -> None:
-    running = search(cluster, tmp_path, trials=2, epochs=100, workers=workers)
+    running = search(trials=2, epochs=100, workers=workers)
 
     running.until(lambda: any(event.get("state") == "stopped" for event in running.events()), "a trial is stopped")
     ranks = 0 if workers == 1 else workers
@@ -86,8 +103,8 @@ def test_a_stop_frees_the_place_and_the_processes_of_a_trial_that_has_no_success
     raylets.wait_for(lambda: free(cluster), LIMIT, "free")
 
 
-def test_a_trial_of_a_killed_raylet_goes_on_at_the_other(cluster: Any, tmp_path: Path) -> None:
-    running = search(cluster, tmp_path, trials=3, epochs=16)
+def test_a_trial_of_a_killed_raylet_goes_on_at_the_other(cluster: Any, search: Any) -> None:
+    running = search(trials=3, epochs=16)
     running.until(lambda: running.running(3), "a trial at epoch 3")
     trial, note = max(running.running(3).items(), key=lambda item: item[1]["at"])
     cluster.kill(cluster.node_of(note["pid"]))
@@ -100,6 +117,34 @@ def test_a_trial_of_a_killed_raylet_goes_on_at_the_other(cluster: Any, tmp_path:
     assert len(processes) >= 2  # it went on in another one
     assert {t for t, again in counted.again.items() if again} <= {trial} and counted.again[trial] <= 1
     assert not raylets.alive(note["pid"])
+
+
+def test_trials_at_a_time_follow_the_machines(cluster: Any, search: Any) -> None:
+    running = search(trials=6, epochs=200, more="max_concurrent: auto, grace: null")
+    running.until(lambda: len(running.running()) == 2, "two trials, one a machine")
+    joined = cluster.add()
+    running.until(lambda: len(running.running()) == 3, "three trials")
+    assert len({cluster.node_of(note["pid"]).unique_id for note in running.running().values()}) == 3
+    cluster.kill(joined)
+    running.until(lambda: "the cluster has 2 x (1 CPU, 0 GPUs) now: 2 trials at a time" in running.said, "two again")
+    assert "the cluster has 3 x (1 CPU, 0 GPUs) now: 3 trials at a time" in running.said
+    os.kill(running.process.pid, signal.SIGINT)
+    assert running.wait(LIMIT) == 130
+    raylets.wait_for(lambda: free(cluster), LIMIT, "free")
+
+
+def test_trials_share_a_gpu(cluster: Any, search: Any) -> None:
+    with_gpu = cluster.add(gpus=1)
+    shared = "workers: 1, cpus_per_worker: 0.4, gpus_per_worker: 0.5"
+    running = search(trials=4, epochs=200, more="max_concurrent: auto, grace: null", resources=shared)
+    running.until(lambda: len(running.running(2)) == 2, "two trials at their second epoch")
+    assert {cluster.node_of(note["pid"]).unique_id for note in running.running().values()} == {with_gpu.unique_id}
+    assert "2 at a time (1 x 0.4 CPUs + 0.5 GPUs each)" in running.said
+    os.kill(running.process.pid, signal.SIGINT)
+    assert running.wait(LIMIT) == 130
+    assert len(running.notes()) == 2  # the other two machines, which have none, took no trial
+    cluster.kill(with_gpu)
+    raylets.wait_for(lambda: free(cluster), LIMIT, "free")
 
 
 FAULTS: dict[str, Any] = script("faults").FAULTS
