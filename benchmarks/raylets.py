@@ -6,6 +6,7 @@ each a node of its own as far as Ray knows. The search is a process of its own (
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -108,8 +109,11 @@ class Raylets:
         head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "dashboard_port": _free_port()}
         self._cpus = cpus
         self.nodes: list[Any] = []
+        self._ever: list[Any] = []
+        """The head, and all raylets that there ever were."""
         with _apart():  # on loopback, behind a token of its own
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
+            self._ever.append(self._cluster.head_node)
             for _ in range(number):
                 self.add(wait=False)
         self._cluster.wait_for_nodes(120)
@@ -123,6 +127,7 @@ class Raylets:
         """One more raylet; GPUs that it only claims to have will do for a trainer that uses none."""
         node = self._cluster.add_node(wait=wait, num_cpus=self._cpus, num_gpus=gpus, object_store_memory=STORE)
         self.nodes.append(node)
+        self._ever.append(node)
         return node
 
     def kill(self, *nodes: Any) -> None:
@@ -188,11 +193,20 @@ class Raylets:
 
     def close(self) -> None:
         """End all its processes."""
+        from ray.experimental.internal_kv import _internal_kv_reset
+
         from hpcl.search.cluster import _token_anew
 
         for node in list(self.nodes):
             self._cluster.remove_node(node)
         self._cluster.remove_node(self._cluster.head_node)
+        # What is connected to a head that has gone waits for it for a minute, and then ends this process, within Ray.
+        _internal_kv_reset()
+        self._cluster.global_state.disconnect()
+        for node in self._ever:
+            node._gcs_client = None
+        self._ever.clear()
+        gc.collect()
         for name, value in self._before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
         _token_anew()

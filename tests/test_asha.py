@@ -382,3 +382,21 @@ def test_a_free_process_goes_to_the_newest_trial_and_never_to_one_whose_own_is_s
     for trial in trials:
         trial.status = "RUNNING"
     assert named() is None and freed == [True]
+
+
+def test_where_the_search_is_cut_short_nothing_that_waits_begins() -> None:
+    place = {None: SimpleNamespace(ray_actor=None), "taken over": SimpleNamespace(ray_actor="an actor")}
+    trials = [
+        SimpleNamespace(trial_id="a", status="RUNNING", temporary_state=place["taken over"]),
+        SimpleNamespace(trial_id="b", status="PENDING", temporary_state=place[None]),
+        SimpleNamespace(trial_id="c", status="PENDING", temporary_state=place["taken over"]),
+    ]
+    stopped: list[str] = []
+    tune_controller: Any = SimpleNamespace(
+        get_trials=lambda: trials, stop_trial=lambda trial: stopped.append(trial.trial_id)
+    )
+    scheduler = StageASHA(
+        "acc", "max", total=10, grace=2, factor=2, clock=lambda trial, epoch: epoch, ledger=None,  # type: ignore[arg-type]
+        draining=lambda: True,
+    )  # fmt: skip
+    assert scheduler.choose_trial_to_run(tune_controller) is None and stopped == ["b"]

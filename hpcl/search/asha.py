@@ -193,11 +193,18 @@ class StageASHA(AsyncHyperBandScheduler):
         Ray's schedulers would have it, it takes the place of a process that is just starting
         for that one: with short trials a machine that has joined would never get one.
 
+        Where the search is being cut short, those that wait are stopped without having begun.
+
         Besides, frees what Tune keeps of ended trials where no next one comes: one process
         with its place, until the search has ended, for a searcher that may still suggest something.
         """
         trials = tune_controller.get_trials()  # type: ignore[no-untyped-call]
         waiting = [trial for trial in trials if trial.status == "PENDING"]
+        if self._draining():  # else they would begin in the places of those that end their last epoch
+            for trial in waiting:
+                if trial.temporary_state.ray_actor is None:
+                    tune_controller.stop_trial(trial)  # type: ignore[no-untyped-call]
+            return None
         drawn = [trial for trial in waiting if trial.trial_id not in self._waited]
         self._waited.update(trial.trial_id for trial in drawn)
         chosen = drawn[0] if drawn else waiting[-1] if waiting else None
