@@ -9,6 +9,7 @@ and costs one epoch. Both hold tensors and plain values only and are read with
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickletools
@@ -22,7 +23,7 @@ import torch
 from pydantic import ValidationError
 
 from hpcl.config import Config
-from hpcl.errors import UnreadableCheckpoint, UserError
+from hpcl.errors import StorageError, UnreadableCheckpoint, UserError
 from hpcl.results import atomic_path
 from hpcl.validation import validation_problems
 
@@ -90,6 +91,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         UnreadableCheckpoint: it is damaged, or no checkpoint.
+        StorageError: its disk does not answer, or this user may not read it.
         UserError: there is no such file, or another version wrote it.
     """
     if not path.is_file():
@@ -100,9 +102,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # many kinds, for a file that is damaged or not one of torch's
-        why = error if isinstance(error, OSError) else "another kind of file, or damaged"
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that one, too, comes of damage
+            raise StorageError(
+                f"{path}: cannot be read ({error}); see that its disk is there, and that this user may read it"
+            ) from error
         raise UnreadableCheckpoint(
-            f"{path}: not a readable checkpoint ({why}); "
+            f"{path}: not a readable checkpoint (another kind of file, or damaged); "
             f"give the {CHECKPOINT_NAME} of a run or trial folder, or another folder"
         ) from error
     if not isinstance(state, dict) or "format" not in state:

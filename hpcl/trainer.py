@@ -11,6 +11,7 @@ It may never return (a search that stops the trial).
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 import warnings
@@ -397,6 +398,8 @@ class Trainer:
             self._prepare(stage_at(self.plan, len(self.rows)))
             self._optimizer.load_state_dict(state["optimizer"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and re.search("CUDA|NCCL|gloo|memory", str(error)):
+                raise  # of the device, and not of the file
             raise UnreadableCheckpoint(
                 f"{start.path}: does not hold what this run needs ({type(error).__name__}: {error}); put one back "
                 f"from a copy, or remove {self.folder} to train the run anew"

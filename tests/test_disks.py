@@ -12,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from runs import state
 from stores import fill
 from test_folder import space_of
 
+from hpcl.checkpoint import save_checkpoint
 from hpcl.config import Config
 from hpcl.dist import current_world
 from hpcl.errors import StorageError, UnreadableCheckpoint
@@ -131,6 +133,20 @@ def test_the_trouble_is_found_inside_what_ray_raises() -> None:
     inside = RuntimeError("Traceback\n  File x\nOSError: [Errno 28] No space left on device: '/tmp/ray/x'\n")
     assert "No space left on device: '/tmp/ray/x'; free space there" in str(storage.storage_trouble(inside))
     assert storage.storage_trouble(ValueError("a bug")) is None
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Config
+) -> None:
+    """The checkpoint stays where it is, and the search ends to be gone on with."""
+    save_checkpoint(tmp_path / "checkpoint.pt", state(1))
+
+    def fails(*arguments: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("zipfile.ZipFile.testzip", fails)
+    with pytest.raises(StorageError, match=r"checkpoint\.pt: cannot be read \(.*Input/output error"):
+        find_start(tmp_path, None, {}, tiny, current_world("cpu"))
 
 
 def test_where_no_checkpoint_can_be_read_the_trial_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,9 +167,8 @@ class Follow(tune.Callback):
             push(folder, {ERROR_FILE})
         text = self._error_text(trial)
         error = text.split("\n", 1)[0]
-        if trouble := full_disk(
-            text
-        ):  # of this process, too: Tune takes what its callbacks raise for the trial's error
+        # Maybe of our own disk: Tune takes what its callbacks raise for the trial's error.
+        if trouble := full_disk(text):
             self._draining.ask(trouble, interrupted=True, instead=True)
         lost = not hung and machine_lost(text if error.startswith(LOST) else error)
         again = self._attempts.failed(ours, self._tables.newest(ours).get("epoch", 0), lost=lost)
