@@ -231,7 +231,8 @@ def _done(marks: Marks, action: Callable[[], _T]) -> _T:
     except TimeoutError as error:
         raise UserError(f"{marks.folder}: {error}; see that its server is up, or give another --results") from None
     except OSError as error:
-        raise UserError(f"{marks.folder}: cannot be written ({reason_of(error)}); give another --results") from None
+        how = "give the user of the cluster the right to write there, or another --results"
+        raise UserError(f"{marks.folder}: cannot be written ({reason_of(error)}); {how}") from None
 
 
 def _opened(folder: str) -> tuple[Any, str]:

@@ -348,12 +348,14 @@ def _disks(results: str | None, rays: Path) -> list[Disk]:
 
 def _disk(path: Path) -> dict[str, Any]:
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is no folder")
     system = os.statvfs(there)
     return {
         "free": system.f_bavail * system.f_frsize,
         "total": system.f_blocks * system.f_frsize,
         "device": there.stat().st_dev,
-        "writable": os.access(there, os.W_OK | os.X_OK) and there.is_dir(),
+        "writable": os.access(there, os.W_OK | os.X_OK),
         "files_left": not system.f_files or system.f_favail > 0,
     }
 
