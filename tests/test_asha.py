@@ -370,12 +370,12 @@ def test_a_free_process_goes_to_the_newest_trial_and_never_to_one_whose_own_is_s
         return chosen.trial_id if chosen else None
 
     assert named() is None and not freed
-    trials += [SimpleNamespace(trial_id=name, status="PENDING") for name in "abc"]
+    trials += [SimpleNamespace(trial_id=name, status="PENDING", init_local_path=lambda: None) for name in "abc"]
     assert named() == "a"  # all drawn at once: the first one first, which is the base
     assert named() == "c"  # a and b have asked for processes of their own
     trials[2].status = "RUNNING"
     assert named() == "b"
-    trials.append(SimpleNamespace(trial_id="d", status="PENDING"))
+    trials.append(SimpleNamespace(trial_id="d", status="PENDING", init_local_path=lambda: None))
     assert named() == "d"
     left.clear()
     assert named() == "d" and not freed
@@ -385,13 +385,14 @@ def test_a_free_process_goes_to_the_newest_trial_and_never_to_one_whose_own_is_s
 
 
 def test_where_the_search_is_cut_short_nothing_that_waits_begins() -> None:
-    place = {None: SimpleNamespace(ray_actor=None), "taken over": SimpleNamespace(ray_actor="an actor")}
-    trials = [
-        SimpleNamespace(trial_id="a", status="RUNNING", temporary_state=place["taken over"]),
-        SimpleNamespace(trial_id="b", status="PENDING", temporary_state=place[None]),
-        SimpleNamespace(trial_id="c", status="PENDING", temporary_state=place["taken over"]),
-    ]
     stopped: list[str] = []
+
+    def trial(name: str, status: str, actor: str | None) -> SimpleNamespace:
+        place = SimpleNamespace(ray_actor=actor)
+        folder = lambda: stopped.append(f"folder of {name}")  # noqa: E731
+        return SimpleNamespace(trial_id=name, status=status, temporary_state=place, init_local_path=folder)
+
+    trials = [trial("a", "RUNNING", "an actor"), trial("b", "PENDING", None), trial("c", "PENDING", "taken over")]
     tune_controller: Any = SimpleNamespace(
         get_trials=lambda: trials, stop_trial=lambda trial: stopped.append(trial.trial_id)
     )
@@ -399,4 +400,5 @@ def test_where_the_search_is_cut_short_nothing_that_waits_begins() -> None:
         "acc", "max", total=10, grace=2, factor=2, clock=lambda trial, epoch: epoch, ledger=None,  # type: ignore[arg-type]
         draining=lambda: True,
     )  # fmt: skip
-    assert scheduler.choose_trial_to_run(tune_controller) is None and stopped == ["b"]
+    assert scheduler.choose_trial_to_run(tune_controller) is None
+    assert stopped == ["folder of b", "folder of c", "b"]

@@ -200,13 +200,15 @@ class StageASHA(AsyncHyperBandScheduler):
         """
         trials = tune_controller.get_trials()  # type: ignore[no-untyped-call]
         waiting = [trial for trial in trials if trial.status == "PENDING"]
+        drawn = [trial for trial in waiting if trial.trial_id not in self._waited]
+        self._waited.update(trial.trial_id for trial in drawn)
+        for trial in drawn:
+            trial.init_local_path()  # Tune asks for it of trials that never began, too
         if self._draining():  # else they would begin in the places of those that end their last epoch
             for trial in waiting:
                 if trial.temporary_state.ray_actor is None:
                     tune_controller.stop_trial(trial)  # type: ignore[no-untyped-call]
             return None
-        drawn = [trial for trial in waiting if trial.trial_id not in self._waited]
-        self._waited.update(trial.trial_id for trial in drawn)
         chosen = drawn[0] if drawn else waiting[-1] if waiting else None
         if chosen is None and self._exhausted():
             with suppress(AttributeError):  # inside Ray; kept a while longer where it looks different
