@@ -67,12 +67,15 @@ def server() -> Iterator[Server]:
     """An S3 server on loopback."""
     from stores import ENVIRONMENT, Server
 
+    from hpcl.search import storage
+
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("HPCL_STORAGE_PATIENCE", "0")
         server = Server()
         yield server
+        storage._open.cache_clear()  # no connection to a server that has gone is left for this process's end
         server.stop()
 
 
