@@ -34,7 +34,7 @@ from faults import let_go
 from raylets import Raylets, Search, count, raylets
 
 NODES, WORKERS, CPUS = 3, 2, 0.4
-EPOCHS, EPOCHS_EXPECTED = 16, 5
+EPOCHS, EPOCHS_EXPECTED = 16, 4
 WEIGHTS = {"rank": 4, "trial": 4, "raylet": 2, "driver": 1}
 AWAY = 20.0
 """Seconds after which a killed raylet comes back."""
