@@ -1,6 +1,6 @@
 """Rehearse clusters/local.yaml on one Linux computer: a rack of three hosts, a search, a power cut.
 
-    sudo "$(which python)" clusters/rehearse.py      # the python that has hpcl; 9 minutes on 2 busy cores
+    sudo "$(which python)" clusters/rehearse.py      # the python that has hpcl; 4 minutes on 2 cores
 
 Each host is a set of namespaces: a network of its own behind a switch, processes, mounts and a name of its own, an own
 home, an own sshd on port 22. `ray up` starts Ray on them as it would on machines, the search runs with `--address
