@@ -186,7 +186,7 @@ def last_line(text: str) -> str:
     return next((line for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-SMALL = "data: {subset: 0.2}, moco: {queue: 256}, model: {width: 8}, meters: {views: 64}, runtime: {device: cpu, threads: 1}"
+SMALL = "data: {subset: 0.2}, moco: {queue: 256}, model: {width: 8}, meters: {views: 64}, runtime: {device: cpu}"
 HUNG = {"options": ("--least", "10"), "more": ", hung_after: 10"}
 FAULTS: dict[str, Fault] = {
     "rank": Fault("kill -9 of a rank", to_rank(signal.SIGKILL), modes=(2,)),
