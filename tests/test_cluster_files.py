@@ -1,34 +1,22 @@
-"""The cluster files, checked by the tools that read them, without a network, a cloud or a cluster."""
+"""What `ray up` takes, checked by the tools that read it without a network or a cloud; the docs know every file."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
-import yaml
+from cluster_files import DOCS, KUBERAY, LAUNCHED, ROOT, SLURM, code, load, options
 from ray.autoscaler._private import commands
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.providers import _get_node_provider
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.scripts import scripts
 
 from hpcl.search.cli import _parser
 
-ROOT = Path(__file__).parent.parent
-KUBERAY, SLURM, DOCS = ROOT / "clusters/kuberay.yaml", ROOT / "clusters/slurm.sbatch", ROOT / "docs/cluster.md"
-LAUNCHED = [ROOT / "cluster.yaml", *sorted(set((ROOT / "clusters").glob("*.yaml")) - {KUBERAY})]
-"""What `ray up` takes."""
 IN_CLOUDS = [ROOT / "cluster.yaml", ROOT / "clusters/gcp.yaml"]
 TOKEN = "~/.ray/auth_token"
 WORLD = re.compile(r"\b0\.0\.0\.0|::/0")
@@ -38,16 +26,6 @@ def name(path: Path) -> str:
     return path.name
 
 
-def load(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(path.read_text())
-    return loaded
-
-
-def code(path: Path) -> str:
-    """The file without its comments."""
-    return "\n".join(re.sub(r"(^|\s)#.*", "", line) for line in path.read_text().splitlines())
-
-
 def started(path: Path) -> dict[str, str]:
     """The command that starts Ray on the head and on a worker."""
     config = load(path)
@@ -55,16 +33,6 @@ def started(path: Path) -> dict[str, str]:
     for kind in ("head", "worker"):
         (found[kind],) = (line for line in config[f"{kind}_start_ray_commands"] if "ray start" in line)
     return found
-
-
-def options(command: str) -> dict[str, Any]:
-    """The options of a `ray start`, read by Ray's own command line.
-
-    Raises:
-        click.UsageError: an option that Ray does not know.
-    """
-    words = shlex.split(command.partition("ray start ")[2].replace("$RAY_HEAD_IP", "10.0.0.1"))
-    return dict(scripts.start.make_context("start", words).params)
 
 
 # ---------------------------------------------------------------- what `ray up` takes
@@ -228,254 +196,6 @@ def test_google_knows_every_name_of_its_machines() -> None:
         "gpu.scheduling.provisioningModel",
         "gpu.machineTyp",
     ]
-
-
-# ---------------------------------------------------------------- Kubernetes
-
-
-def manifests() -> dict[str, dict[str, Any]]:
-    return {one["kind"]: one for one in yaml.safe_load_all(KUBERAY.read_text())}
-
-
-def groups(cluster: dict[str, Any]) -> list[dict[str, Any]]:
-    return [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
-
-
-def test_kubernetes_takes_every_manifest_and_every_pod() -> None:
-    found = manifests()
-    cluster = found.pop("RayCluster")
-    pods = [
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": group["template"]["spec"]}
-        for group in groups(cluster)
-    ]
-    for manifest in (*found.values(), *pods):
-        kubernetes_validate.validate(manifest, "1.31", strict=True)
-    pods[0]["spec"]["containers"][0]["image_"] = "x"
-    with pytest.raises(kubernetes_validate.ValidationError, match="image_"):
-        kubernetes_validate.validate(pods[0], "1.31", strict=True)
-
-
-RAY_CLUSTER: dict[str, Any] = {
-    "rayVersion": str,
-    "authOptions": {"mode": str},
-    "enableInTreeAutoscaling": bool,
-    "autoscalerOptions": {"version": str, "idleTimeoutSeconds": int, "securityContext": dict, "resources": dict},
-    "headGroupSpec": {"serviceType": str, "rayStartParams": dict, "template": {"spec": dict}},
-    "workerGroupSpecs": [
-        {
-            "groupName": str,
-            "replicas": int,
-            "minReplicas": int,
-            "maxReplicas": int,
-            "rayStartParams": dict,
-            "template": {"spec": dict},
-        }
-    ],
-}
-"""What the file may say of a RayCluster, in the names and types of KubeRay's reference (ray.io/v1); pods and what is
-in them are Kubernetes' own."""
-
-
-def misfits(given: Any, known: Any, where: str = "spec") -> list[str]:
-    """Names that KubeRay would not take, or would pass over, and values of another type."""
-    if isinstance(known, type):
-        fits = isinstance(given, known) and not (known is int and isinstance(given, bool))
-        return [] if fits else [f"{where}: no {known.__name__}"]
-    if isinstance(known, list):
-        return [text for i, one in enumerate(given) for text in misfits(one, known[0], f"{where}[{i}]")]
-    wrong = [f"{where}.{name}: unknown" for name in given.keys() - known.keys()]
-    return wrong + [
-        t for name in given.keys() & known.keys() for t in misfits(given[name], known[name], f"{where}.{name}")
-    ]
-
-
-def test_kuberay_knows_every_name() -> None:
-    spec = manifests()["RayCluster"]["spec"]
-    assert misfits(spec, RAY_CLUSTER) == []
-    assert spec["enableInTreeAutoscaling"] is True  # else no GPU pod ever comes
-    assert spec["autoscalerOptions"]["version"] == "v2" and spec["autoscalerOptions"]["idleTimeoutSeconds"] == 900
-    ours = re.search(r'"ray\[.*\]>=(\d+\.\d+)', (ROOT / "pyproject.toml").read_text())
-    assert ours and spec["rayVersion"].startswith(f"{ours[1]}.")
-    spec["autoscalerOptions"]["idleTimeoutSecs"] = spec["autoscalerOptions"].pop("idleTimeoutSeconds")
-    spec["headGroupSpec"]["rayStartParams"] = "num-cpus"
-    assert sorted(misfits(spec, RAY_CLUSTER)) == [
-        "spec.autoscalerOptions.idleTimeoutSecs: unknown",
-        "spec.headGroupSpec.rayStartParams: no dict",
-    ]
-
-
-def test_rays_autoscaler_reads_the_cluster_as_it_is_meant() -> None:
-    cluster = manifests()["RayCluster"]
-    cluster["metadata"]["namespace"] = "default"
-    config = _derive_autoscaling_config_from_ray_cr(cluster)  # validates it, too
-    head, worker = config["available_node_types"]["headgroup"], config["available_node_types"]["gpu"]
-    assert head["resources"]["CPU"] == 0 and "GPU" not in head["resources"]
-    assert worker["resources"]["CPU"] == 4 and worker["resources"]["GPU"] == 1
-    assert worker["min_workers"] == 0 < worker["max_workers"] == config["max_workers"]
-    assert 0 < config["idle_timeout_minutes"] <= 60
-
-
-def test_pods_are_locked_and_the_cluster_asks_for_the_token() -> None:
-    found = manifests()
-    spec = found["RayCluster"]["spec"]
-    assert spec["authOptions"] == {"mode": "token"}
-    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP" and "LoadBalancer" not in code(KUBERAY)
-    for group in groups(found["RayCluster"]):
-        pod = group["template"]["spec"]
-        assert pod["restartPolicy"] == "Never"  # what version 2 of the autoscaler wants
-        (container,) = pod["containers"]
-        lock = container["securityContext"]
-        assert lock["runAsNonRoot"] and lock["runAsUser"] > 0 and not lock["allowPrivilegeEscalation"]
-        assert lock["capabilities"] == {"drop": ["ALL"]}
-        assert container["resources"]["requests"] == container["resources"]["limits"]
-        assert {mount["name"] for mount in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
-    claims = [
-        volume["persistentVolumeClaim"]["claimName"]
-        for group in groups(found["RayCluster"])
-        for volume in group["template"]["spec"]["volumes"]
-        if "persistentVolumeClaim" in volume
-    ]
-    assert set(claims) == {found["PersistentVolumeClaim"]["metadata"]["name"]}
-    policy = found["NetworkPolicy"]["spec"]
-    own = {"matchLabels": {"ray.io/cluster": found["RayCluster"]["metadata"]["name"]}}
-    assert policy["podSelector"] == own and policy["ingress"] == [{"from": [{"podSelector": own}]}]
-
-
-# ---------------------------------------------------------------- Slurm
-
-
-def test_the_slurm_script_is_clean_shell() -> None:
-    subprocess.run(["bash", "-n", SLURM], check=True)
-    checker = Path(sys.executable).with_name("shellcheck")
-    found = subprocess.run([checker, "--severity=warning", SLURM], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
-
-
-def test_the_slurm_script_asks_slurm_for_what_it_relies_on() -> None:
-    asked = re.findall(r"^#SBATCH (--\S+)", SLURM.read_text(), re.MULTILINE)
-    given = dict(option.partition("=")[::2] for option in asked)
-    assert {"--requeue", "--nodes", "--cpus-per-task", "--gpus-per-node", "--time"} <= set(given)
-    assert given["--open-mode"] == "append"  # the log of the run before stays
-    assert re.fullmatch(r"B:USR1@\d+", given["--signal"])
-    assert "ray stop" not in code(SLURM)
-    known = {option for parameter in scripts.start.params for option in parameter.opts}
-    node = code(SLURM).partition("node() {")[2].partition("\n}")[0]
-    flags = set(re.findall(r"--[a-z][a-z-]+", node)) - {"--address"}
-    assert flags <= known and {"--temp-dir", "--port", "--dashboard-port", "--min-worker-port"} <= flags
-
-
-STUBS = {
-    # One node, as a task of srun: its process is the node's shell.
-    "srun": 'export SLURM_NODEID=0; echo $$ > "$STAGE/step"; exec bash -c "${@: -1}"',
-    "squeue": 'cat "$STAGE/state"',
-    "scontrol": 'echo "scontrol $*" >> "$STAGE/said"',
-    "ray": """
-        if [[ $1 == health-check ]]; then exec test -e "$STAGE/up"; fi
-        echo "ray $*" >> "$STAGE/said"; env | grep ^RAY_AUTH >> "$STAGE/said"
-        [[ -z ${BROKEN-} ]] || exit 1
-        echo $$ > "$STAGE/ray"; touch "$STAGE/up"; while true; do sleep 0.1; done""",
-    "python": f"""
-        case "$*" in
-            *get_node_ip_address*) echo 127.0.0.1 ;;
-            run_search.py*)
-                echo "search $*" >> "$STAGE/said"
-                [[ -z ${{LONG-}} ]] || {{
-                    trap 'kill -0 $(cat "$STAGE/ray") && echo "search told, Ray there" >> "$STAGE/said"; told=yes' INT
-                    echo $$ > "$STAGE/searching"
-                    until [[ -n ${{told-}} ]]; do sleep 0.1; done
-                    sleep 0.5; exit 130; }} ;;
-            *) exec {sys.executable} "$@" ;;
-        esac""",
-}
-
-
-class Job:
-    """The script in a directory of stand-ins for Slurm, Ray and the search."""
-
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.folder, self.said = folder, folder / "said"
-        (folder / "bin").mkdir()
-        for command, text in STUBS.items():
-            file = folder / "bin" / command
-            file.write_text(f"#!/usr/bin/env bash\n{text}\n")
-            file.chmod(0o755)
-        self.state("RUNNING")
-        given = {"STAGE": str(folder), "HPCL_VENV": str(folder), "SLURM_JOB_ID": f"t{os.getpid()}"}
-        given |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "3", "SLURM_RESTART_COUNT": "2"}
-        self.process = subprocess.Popen(
-            ["bash", SLURM, "--space", "a space.yaml"],
-            env=os.environ | given | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def state(self, word: str) -> None:
-        """What squeue says of the job."""
-        (self.folder / "state").write_text(word + "\n")
-
-    def wait_for(self, file: str) -> None:
-        for _ in range(600):
-            if (self.folder / file).exists():
-                return
-            assert self.process.poll() is None, self.process.communicate()[0]
-            time.sleep(0.1)
-        raise AssertionError(f"no {file}")
-
-    def end(self) -> tuple[int, list[str]]:
-        """The script's exit code, and what the stand-ins said."""
-        print(self.process.communicate(timeout=60)[0])
-        assert not list(Path("/tmp").glob(f"hpcl-t{os.getpid()}-*"))
-        for process in ("step", "ray", "searching"):
-            if (self.folder / process).exists():
-                assert not Path("/proc", (self.folder / process).read_text().strip()).exists()
-        return self.process.returncode, self.said.read_text().splitlines()
-
-
-def test_a_slurm_job_runs_ray_and_the_search_and_cleans_up(tmp_path: Path) -> None:
-    code, said = Job(tmp_path).end()
-    assert code == 0
-    start = options(next(line for line in said if line.startswith("ray start")))
-    assert start["head"] and start["block"] and start["num_cpus"] == 3 and start["num_gpus"] == 0
-    assert start["dashboard_host"] == "127.0.0.1" and start["min_worker_port"] == 0
-    ports = {start[name] for name in ("port", "dashboard_port", "dashboard_agent_listen_port")}
-    assert len(ports) == 3 and not ports & {6379, 8265, 52365}
-    assert start["temp_dir"] == f"/tmp/hpcl-t{os.getpid()}-2-0"
-    assert "RAY_AUTH_MODE=token" in said and any(re.fullmatch(r"RAY_AUTH_TOKEN=[0-9a-f]{64}", line) for line in said)
-    (search,) = (line for line in said if line.startswith("search"))
-    assert search == f"search run_search.py --space a space.yaml --address 127.0.0.1:{start['port']}"
-    assert not any("scontrol" in line for line in said)
-
-
-@pytest.mark.parametrize("how", ["the time is nearly over", "another job wants the nodes"])
-def test_a_slurm_job_that_is_asked_to_end_ends_gently_and_queues_again(tmp_path: Path, how: str) -> None:
-    job = Job(tmp_path, LONG="yes")
-    job.wait_for("searching")
-    for _ in range(3):  # Slurm may say it more than once; a second word would end the search at once
-        if how == "the time is nearly over":
-            job.process.send_signal(signal.SIGUSR1)
-        else:  # every process of the step, and of the script, gets it
-            for process in ("step", "ray", "searching"):
-                os.kill(int((tmp_path / process).read_text()), signal.SIGTERM)
-        time.sleep(0.1)
-    code, said = job.end()
-    assert code == 130
-    told = [line for line in said if line.startswith(("search told", "scontrol"))]
-    assert told == ["search told, Ray there", f"scontrol requeue t{os.getpid()}"]
-
-
-def test_a_slurm_job_that_is_cancelled_does_not_queue_again(tmp_path: Path) -> None:
-    job = Job(tmp_path, LONG="yes")
-    job.wait_for("searching")
-    job.state("COMPLETING")
-    job.process.terminate()
-    code, said = job.end()
-    assert code == 130 and "search told, Ray there" in said and not any("scontrol" in line for line in said)
-
-
-def test_a_slurm_job_without_ray_ends_with_an_error(tmp_path: Path) -> None:
-    code, said = Job(tmp_path, BROKEN="yes").end()
-    assert code == 1 and not any(line.startswith(("search", "scontrol")) for line in said)
 
 
 # ---------------------------------------------------------------- what the files and docs say
