@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from runs import state
-from stores import fill
+from stores import again, fill
 from test_folder import space_of
 
 from hpcl.checkpoint import save_checkpoint
@@ -24,7 +24,7 @@ from hpcl.resume import find_start
 from hpcl.search import storage, trial
 from hpcl.search.journal import JOURNAL_NAME, Journal, read_events
 from hpcl.search.sampler import Sampler
-from hpcl.search.work import begin
+from hpcl.search.work import begin, set_aside
 
 
 @pytest.fixture
@@ -170,3 +170,20 @@ def test_where_no_checkpoint_can_be_read_the_trial_begins_anew(tmp_path: Path, m
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-damaged.pt", "error.txt"]
     trial.run_trial(given, job)  # it was the prefix's that cannot be read: no use to try again
     assert told[-1] == {"state": "failed"}
+
+
+def test_checkpoints_in_a_store_are_set_aside_too(uri: str, root: Path) -> None:
+    """The process that found them damaged has dropped its copies already."""
+    folder = fill(root / "mine" / "trials" / "0001", checkpoint__pt="torn")
+    (folder / "checkpoint-previous.pt").write_text("torn as well")
+    (folder / "log.txt").write_text("stays")
+    storage.push(folder)
+    storage.drop(folder)
+    assert set_aside(folder)
+    assert not set_aside(folder)
+    left = {path.name: path.read_text() for path in again(folder).iterdir()}
+    assert left == {
+        "checkpoint-damaged.pt": "torn",
+        "checkpoint-previous-damaged.pt": "torn as well",
+        "log.txt": "stays",
+    }

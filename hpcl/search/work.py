@@ -19,7 +19,6 @@ from hpcl.results import read_rows, write_text, writing
 from hpcl.search.journal import JOURNAL_NAME
 from hpcl.search.places import is_remote, location, place
 from hpcl.search.storage import drop, exists, fetch, push
-from hpcl.search.store import CHECKPOINT
 
 Row = dict[str, Any]
 TABLE = "epochs.parquet"
@@ -85,9 +84,16 @@ def set_aside(folder: Path) -> bool:
 
     Returns:
         Whether there were any.
+
+    Raises:
+        StorageError: the results are not there any more, or cannot be written.
     """
-    path = folder / CHECKPOINT
-    there = [each for each in (path, path.with_stem(f"{path.stem}-previous")) if each.exists()]
+    from hpcl.checkpoint import CHECKPOINT_NAME, previous_of
+
+    path = folder / CHECKPOINT_NAME
+    both = (path, previous_of(path))
+    fetch(folder, {each.name for each in both})
+    there = [each for each in both if each.exists()]
     for each in there:
         with writing(each):
             os.replace(each, each.with_stem(f"{each.stem}-damaged"))
