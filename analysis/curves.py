@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from hpcl.errors import UserError
-from hpcl.results import EPOCH_COLUMNS, atomic_path, read_rows
+from hpcl.files import atomic_path
+from hpcl.results import EPOCH_COLUMNS, read_rows
 
 Row = dict[str, Any]
 COLOURS = {

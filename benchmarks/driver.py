@@ -74,7 +74,8 @@ def scripted(
 
     from hpcl.checkpoint import CHECKPOINT_NAME, save_checkpoint
     from hpcl.dist import current_world
-    from hpcl.results import EPOCH_COLUMNS, claim
+    from hpcl.files import claim
+    from hpcl.results import EPOCH_COLUMNS
     from hpcl.resume import find_start
     from hpcl.stages import stage_lengths
 

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from hpcl.config import Config
 from hpcl.errors import StorageError, UnreadableCheckpoint, UserError
-from hpcl.results import atomic_path
+from hpcl.files import atomic_path
 from hpcl.validation import validation_problems
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], through: Path | None = No
     Args:
         path: the file.
         state: tensors and plain values.
-        through: this process's folder of :func:`hpcl.results.claim`, so that it writes no more when another
+        through: this process's folder of :func:`hpcl.files.claim`, so that it writes no more when another
             process goes on with the run.
 
     Raises:

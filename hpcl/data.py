@@ -1,6 +1,6 @@
 """Images as one memory-mapped array, with labels and fixed train, val and test parts.
 
-A source is decoded once into an Arrow IPC file (see :func:`hpcl.results.cache_folder`) and mapped
+A source is decoded once into an Arrow IPC file (see :func:`hpcl.files.cache_folder`) and mapped
 from then on: processes on one machine share one copy, and loading takes milliseconds.
 
 Legend: N images of the source, n images of a batch, C channels (1 or 3), H W height and width.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hpcl import config, sources
 from hpcl.decode import resize
-from hpcl.results import cache_folder
+from hpcl.files import cache_folder
 from hpcl.rng import seed_of
 from hpcl.sources import SPLITS, DataError, Raw, Source
 
@@ -152,7 +152,7 @@ def load(data: config.Data, cache_dir: str | Path | None = None) -> ImageSet:
 
     Args:
         data: section `data` of the configuration.
-        cache_dir: folder of decoded images; default :func:`hpcl.results.cache_folder`.
+        cache_dir: folder of decoded images; default :func:`hpcl.files.cache_folder`.
 
     Raises:
         DataError: the source does not exist, holds no usable training image, does not fit

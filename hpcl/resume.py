@@ -24,8 +24,8 @@ from hpcl.checkpoint import (
 from hpcl.config import Config
 from hpcl.dist import World
 from hpcl.errors import UnreadableCheckpoint, UserError
+from hpcl.files import writing
 from hpcl.prefix import acts_from, prefix_differences
-from hpcl.results import writing
 from hpcl.stages import make_plan, stage_at, total_epochs
 
 State = dict[str, Any]

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpcl.results import EPOCH_COLUMNS, epoch_schema, write_table, writing
+from hpcl.files import writing
+from hpcl.results import EPOCH_COLUMNS, epoch_schema, write_table
 
 _CHARTS = {c.name: c for c in EPOCH_COLUMNS if c.type in ("float64", "int64") and c.name not in ("epoch", "arrival")}
 
@@ -17,7 +18,7 @@ class RunLog:
     def __init__(self, folder: Path, first_epoch: int, through: Path | None = None) -> None:
         """Open the files; events from `first_epoch` on replace those of an interrupted epoch.
 
-        The table is written through a folder of :func:`hpcl.results.claim`.
+        The table is written through a folder of :func:`hpcl.files.claim`.
 
         Raises:
             StorageError: the folder cannot be written.

@@ -33,13 +33,13 @@ from hpcl.data_rules import data_problems
 from hpcl.dist import current_world
 from hpcl.errors import UnreadableCheckpoint, UserError
 from hpcl.features import FeaturePass
+from hpcl.files import claim, refuse_links, write_text, writing
 from hpcl.growth import make_policy
 from hpcl.hierarchy import Hierarchy
 from hpcl.kmeans import nearest_centroid_search
 from hpcl.meters import RunMeters
 from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
 from hpcl.prototypes import Level
-from hpcl.results import claim, refuse_links, write_text, writing
 from hpcl.resume import Start, find_start
 from hpcl.rng import generator, seed_of
 from hpcl.runlog import RunLog
@@ -169,7 +169,7 @@ class Trainer:
                         self.folder.rmdir()
 
     def _go_on(self, report: Report, fork: Path | None, end: int, through: Path | None) -> None:
-        """Train up to an epoch; `through` is rank 0's folder of :func:`hpcl.results.claim`."""
+        """Train up to an epoch; `through` is rank 0's folder of :func:`hpcl.files.claim`."""
         start = self._load(fork)
         checkpoint = self.folder / CHECKPOINT_NAME
         log = RunLog(self.folder, len(self.rows) + 1, through) if self.world.rank == 0 else None

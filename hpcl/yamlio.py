@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from hpcl.config import Config
 from hpcl.errors import ConfigError
-from hpcl.results import read_some, write_text
+from hpcl.files import read_some, write_text
 from hpcl.validation import Problem, TreePath, field_paths, validation_problems
 
 MAX_DEPTH, MAX_BYTES = 64, 64_000

@@ -18,7 +18,8 @@ from stores import at, fill
 from hpcl.checkpoint import load_checkpoint, previous_of, save_checkpoint
 from hpcl.config import Config
 from hpcl.errors import StorageError, TakenOver
-from hpcl.results import claim, read_rows
+from hpcl.files import claim
+from hpcl.results import read_rows
 from hpcl.search import storage, work
 from hpcl.search.places import place
 

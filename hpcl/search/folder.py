@@ -18,7 +18,7 @@ from typing import Any
 
 from hpcl.config import Config
 from hpcl.errors import ConfigError, UserError
-from hpcl.results import refuse_links
+from hpcl.files import refuse_links
 from hpcl.search import params
 from hpcl.search.journal import JOURNAL_NAME, read_events
 from hpcl.search.mirror import is_running

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcl.errors import StorageError, UserError
-from hpcl.results import clean, writing
+from hpcl.files import writing
+from hpcl.results import clean
 from hpcl.search.events import problem_of
 
 if TYPE_CHECKING:

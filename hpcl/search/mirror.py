@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcl.errors import StorageError, UserError
-from hpcl.results import write_text
+from hpcl.files import write_text
 from hpcl.search.journal import JOURNAL_NAME, is_locked
 from hpcl.search.places import is_remote, location
 from hpcl.search.storage import APPENDED, PART, changed, drop, exists, fetch, push, push_part, remove, remove_parts

@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from hpcl.errors import StorageError, UserError
-from hpcl.results import cache_folder, writing
+from hpcl.files import cache_folder, writing
 
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BROKEN_URI = re.compile(r"(s3|gs|gcs|abfss?|az|hdfs|file):/(?!/)", re.IGNORECASE)

@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 
 import hpcl
 from hpcl.errors import UserError
+from hpcl.files import cache_folder
 from hpcl.prefix import code_version
-from hpcl.results import cache_folder
 from hpcl.search.cluster import ray_folder
 from hpcl.search.facts import Disk, Driver, Faiss, Machine, RayFacts, Torch
 from hpcl.search.machine import local_node

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from hpcl.errors import harmless
-from hpcl.results import write_text
+from hpcl.files import write_text
 from hpcl.search.budget import Budget
 from hpcl.search.failures import Attempts, machine_lost, same_error
 from hpcl.search.forecast import elapsed, seconds_left

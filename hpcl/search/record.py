@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hpcl
-from hpcl.results import write_text
+from hpcl.files import write_text
 from hpcl.search.plan import Plan
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from typing import Any
 from hpcl.config import STAGES
 from hpcl.data_rules import data_problems
 from hpcl.errors import UserError, harmless
-from hpcl.results import RETRAIN_COLUMNS, read_object, refuse_links, retrain_schema, write_table, write_text
+from hpcl.files import read_object, refuse_links, write_text
+from hpcl.results import RETRAIN_COLUMNS, retrain_schema, write_table
 from hpcl.search import space as spaces
 from hpcl.search.cli import INTERRUPTED
 from hpcl.search.evidence import Evidence

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpcl.config import Config
-from hpcl.results import write_text
+from hpcl.files import write_text
 from hpcl.search.evidence import Evidence
 from hpcl.search.found import Found, first_error
 from hpcl.search.listed import Run

@@ -40,7 +40,7 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState, create_trial
 
 from hpcl.errors import StorageError, UserError
-from hpcl.results import writing
+from hpcl.files import writing
 from hpcl.rng import seed_of
 from hpcl.search.params import Choice, Float, Int, Param
 from hpcl.search.space import Space

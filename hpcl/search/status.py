@@ -17,7 +17,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from hpcl.errors import UserError, harmless
-from hpcl.results import read_object
+from hpcl.files import read_object
 from hpcl.search.elastic import machines
 from hpcl.search.forecast import elapsed
 from hpcl.search.journal import JOURNAL_NAME, Event, read_events

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from hpcl.errors import StorageError, UserError
-from hpcl.results import writing
+from hpcl.files import writing
 from hpcl.search.places import inside, is_remote, is_uri, place
 
 T = TypeVar("T")

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcl.results import epoch_schema, read_rows, write_table, writing
+from hpcl.files import writing
+from hpcl.results import epoch_schema, read_rows, write_table
 from hpcl.search.places import is_remote
 from hpcl.search.storage import copy, exists, fetch, push, remove
 

@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer
 
 from hpcl.config import Config
 from hpcl.errors import StorageError, TakenOver, UnreadableCheckpoint, UserError
-from hpcl.results import write_text
+from hpcl.files import write_text
 from hpcl.search.failures import machine_lost, out_of_memory_advice, repeated
 from hpcl.search.lean import run_group
 from hpcl.search.places import place, told

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from hpcl.config import Config
 from hpcl.errors import UserError
-from hpcl.results import read_object, read_rows
+from hpcl.files import read_object
+from hpcl.results import read_rows
 from hpcl.search import space as spaces
 from hpcl.search.params import Choice, Param, same
 from hpcl.search.places import location, place

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hpcl.errors import StorageError, TakenOver
-from hpcl.results import read_rows, write_text, writing
+from hpcl.files import write_text, writing
+from hpcl.results import read_rows
 from hpcl.search.journal import JOURNAL_NAME
 from hpcl.search.places import is_remote, location, place
 from hpcl.search.storage import drop, exists, fetch, push
@@ -24,7 +25,7 @@ Row = dict[str, Any]
 TABLE = "epochs.parquet"
 ATTEMPT = "attempt"
 """In a store: the word of the process that trains the trial. One that was cut off, and wakes when another trains in its
-place, finds there that it is to send nothing more; in a folder :func:`hpcl.results.claim` sees to that."""
+place, finds there that it is to send nothing more; in a folder :func:`hpcl.files.claim` sees to that."""
 
 
 def begin(given: Mapping[str, Any]) -> Path:
