@@ -121,6 +121,20 @@ def claim(folder: Path) -> Path:
 
 
 @contextmanager
+def claimed(folder: Path) -> Iterator[Path]:
+    """As :func:`claim`, for the length of the block; a folder that was made here and holds nothing goes again."""
+    new = not folder.exists()
+    through = claim(folder)
+    try:
+        yield through
+    finally:
+        shutil.rmtree(through, ignore_errors=True)
+        if new:
+            with suppress(OSError):  # there are files in it
+                folder.rmdir()
+
+
+@contextmanager
 def atomic_path(path: Path, through: Path | None = None) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, synced to disk, if the block succeeds.
 
@@ -135,7 +149,7 @@ def atomic_path(path: Path, through: Path | None = None) -> Iterator[Path]:
         StorageError: the disk is full, or the folder cannot be written.
         TakenOver: another process has claimed the folder since.
     """
-    with writing(path), _claimed(through):
+    with writing(path), _unless_taken_over(through):
         if through is None:
             path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=through or path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -154,7 +168,7 @@ def atomic_path(path: Path, through: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def _claimed(through: Path | None) -> Iterator[None]:
+def _unless_taken_over(through: Path | None) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:

@@ -9,6 +9,8 @@ growth before the first stage that grows, is the run's own.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +93,24 @@ def find_start(folder: Path, fork: Path | None, fresh: State, config: Config, wo
             for left in folder.glob(f".{path.name}.*.tmp"):  # by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
     return start
+
+
+@contextmanager
+def must_fit(path: Path) -> Iterator[None]:
+    """Around what takes its state out of a checkpoint.
+
+    Raises:
+        UnreadableCheckpoint: it is not there, or not as this run has it.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, and not of the file
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise UnreadableCheckpoint(
+            f"{path}: does not hold what this run needs ({type(error).__name__}: {error}); put one back from a copy, "
+            f"or remove {path.parent} to train the run anew"
+        ) from error
 
 
 def _own(path: Path, fresh: State, config: Config) -> Start | None:

@@ -11,12 +11,10 @@ It may never return (a search that stops the trial).
 from __future__ import annotations
 
 import math
-import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +29,16 @@ from hpcl.config import Config
 from hpcl.data import DeviceImages, load
 from hpcl.data_rules import data_problems
 from hpcl.dist import current_world
-from hpcl.errors import UnreadableCheckpoint, UserError
+from hpcl.errors import UserError
 from hpcl.features import FeaturePass
-from hpcl.files import claim, refuse_links, write_text, writing
+from hpcl.files import claimed, refuse_links, write_text, writing
 from hpcl.growth import make_policy
 from hpcl.hierarchy import Hierarchy
 from hpcl.kmeans import nearest_centroid_search
 from hpcl.meters import RunMeters
 from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
 from hpcl.prototypes import Level
-from hpcl.resume import Start, find_start
+from hpcl.resume import Start, find_start, must_fit
 from hpcl.rng import generator, seed_of
 from hpcl.runlog import RunLog
 from hpcl.stages import StagePlan, learning_rate, make_plan, stage_at, total_epochs
@@ -156,20 +154,12 @@ class Trainer:
                     f"(that would be after epoch {end} of {self.total_epochs})"
                 )
         refuse_links(self.folder)
-        new = not self.folder.exists()
-        through = claim(self.folder) if self.world.rank == 0 else None
-        self.world.barrier()  # from here on no other process writes there
-        try:
+        with claimed(self.folder) if self.world.rank == 0 else nullcontext() as through:
+            self.world.barrier()  # from here on no other process writes there
             self._go_on(report, fork, end, through)
-        finally:
-            if through:
-                shutil.rmtree(through, ignore_errors=True)
-                if new:
-                    with suppress(OSError):  # there are files in it
-                        self.folder.rmdir()
 
     def _go_on(self, report: Report, fork: Path | None, end: int, through: Path | None) -> None:
-        """Train up to an epoch; `through` is rank 0's folder of :func:`hpcl.files.claim`."""
+        """Train up to an epoch; `through` is rank 0's folder of :func:`hpcl.files.claimed`."""
         start = self._load(fork)
         checkpoint = self.folder / CHECKPOINT_NAME
         log = RunLog(self.folder, len(self.rows) + 1, through) if self.world.rank == 0 else None
@@ -389,21 +379,15 @@ class Trainer:
                 f"{start.path}: belongs to a run with another backbone than this {ours}; give its backbone, "
                 "or another folder"
             ) from error
-        try:
+        with must_fit(start.path):
             self.queue.load_state_dict(state["queue"])
             self.policy.load_state_dict(state["growth"])
             self.hierarchy.load_state_dict(state["hierarchy"])
             self.meters.load_state_dict(state["meters"])
-            self.rows = state["rows"]
-            self._prepare(stage_at(self.plan, len(self.rows)))
+        self.rows = state["rows"]
+        self._prepare(stage_at(self.plan, len(self.rows)))
+        with must_fit(start.path):
             self._optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and re.search("CUDA|NCCL|gloo|memory", str(error)):
-                raise  # of the device, and not of the file
-            raise UnreadableCheckpoint(
-                f"{start.path}: does not hold what this run needs ({type(error).__name__}: {error}); put one back "
-                f"from a copy, or remove {self.folder} to train the run anew"
-            ) from error
         return start._replace(state={"rows": self.rows})  # the rest is not kept for the run's life
 
 
