@@ -101,6 +101,13 @@ def check_whole(folder: Path, trials: int = 5) -> None:
         assert all(trained[row["epoch"]] >= 1 for row in own if not row["shared"])
 
 
+def draws(folder: Path) -> bool:
+    """Whether the store's journal has a trial."""
+    storage.fetch(folder, {JOURNAL_NAME})
+    path = folder / JOURNAL_NAME
+    return path.is_file() and any(event["event"] == "trial" for event in read_events(path))
+
+
 def rows_of_running(folder: Path) -> set[int]:
     """Numbers of the events in the store's journal that a running trial has reported, where one has three epochs."""
     storage.fetch(folder)
@@ -128,6 +135,9 @@ def test_a_search_in_a_store_goes_on_from_another_machine(server: Server, tmp_pa
     uri = server.uri("killed")
     folder = place(at(uri, "mine"))
     first = Driver(tmp_path, uri, pause=0.3)
+    while not draws(folder):
+        time.sleep(0.05)
+    assert all(storage.exists(folder / name) for name in ("space.yaml", "search.json"))  # else nothing could go on
     first.until("[")
     while not rows_of_running(folder):
         time.sleep(0.1)

@@ -125,6 +125,7 @@ class Session:
         for number, copy in copies.items():
             self.tables.retold(known[number][0], copy)
         self._record.write("running")
+        self._mirror.sync(all_files=True)  # before a trial is drawn: without its space no search is gone on with
         if not self._listed:
             self._greet(choice)
 
