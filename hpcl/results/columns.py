@@ -1,8 +1,8 @@
-"""The tables a search leaves behind: their columns, and how they are written and read.
+"""The columns of the tables that a search leaves behind: names, types, units and meanings.
 
 ``epochs.parquet`` has one row per trial and epoch, ``trials.parquet`` one per
-trial. Both schemas are the constants below; a value that was not measured is
-null, never 0 and never NaN. Nothing here needs torch, ray or optuna.
+trial, ``retrain.parquet`` one per run of ``hpcl retrain``. A value that was not
+measured is null, never 0 and never NaN.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from hpcl.files import atomic_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -138,39 +135,13 @@ def retrain_schema() -> pa.Schema:
 def _schema(columns: Sequence[Column]) -> pa.Schema:
     import pyarrow as pa
 
-    types = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
     return pa.schema(
-        [pa.field(c.name, types[c.type], metadata={"unit": c.unit, "description": c.doc}) for c in columns]
+        [pa.field(c.name, arrow_type(c.type), metadata={"unit": c.unit, "description": c.doc}) for c in columns]
     )
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, through: Path | None = None) -> None:
-    """Write rows as Parquet, atomically (see :func:`atomic_path`).
-
-    Keys outside the schema are left out, missing ones are null.
-    """
+def arrow_type(name: str) -> pa.DataType:
+    """The Arrow type of a column's type name."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist([{name: clean(row.get(name)) for name in schema.names} for row in rows], schema)
-    with atomic_path(path, through) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-
-
-def read_rows(path: Path, schema: pa.Schema | None = None) -> list[dict[str, Any]]:
-    """The rows of a Parquet table as dictionaries.
-
-    Raises:
-        OSError, ValueError: there is none, or its columns are not those of `schema`.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowException as error:  # not all of them are one of the two
-        raise ValueError(str(error)) from error
-    if schema is not None and not table.schema.equals(schema):
-        raise ValueError(f"{path}: has other columns than this version's")
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    return {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}[name]

@@ -1,0 +1,122 @@
+"""How all charts look: their colours, a figure to draw in, and its SVG for a page.
+
+Charts are matplotlib figures, so a notebook shows them as they are. In a page's SVG text stays text, and each colour of
+:data:`COLOURS` becomes a CSS variable (``--ink``, ``--best``, ...) that the page defines for light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+COLOURS = {
+    "ink": "#1a1c1f",
+    "muted": "#6a7076",
+    "rule": "#d5d9dd",
+    "band": "#eef1f4",
+    "finished": "#1b6ca8",
+    "stopped": "#a9adb2",
+    "failed": "#7b2d8b",
+    "diverged": "#c0392b",
+    "running": "#4d7f6b",
+    "best": "#e07a1f",
+    "base": "#2a8f57",
+    "noise": "#b9862b",
+}
+"""Role -> colour on a light page; the page's style sheet has them for dark ones too."""
+
+SERIES = ("#1b6ca8", "#e07a1f", "#2a8f57", "#7b2d8b", "#c0392b", "#4d7f6b", "#b9862b", "#6a7076")
+"""Colours of things that have no role, in this order: all of them are among COLOURS."""
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hpcl",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.titlecolor": COLOURS["ink"],
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.labelcolor": COLOURS["ink"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.6,
+}
+
+
+def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1, rows: int = 1, **more: Any) -> tuple[Figure, Any]:
+    """A figure in the project's look and its axes: one, or an array of them where there are several.
+
+    Args:
+        width: in inches; a page shows 7 inches over its full width.
+        height: in inches.
+        columns, rows: axes beside and below one another.
+        more: for ``Figure.subplots``.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, **more)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Ticks of the x axis at whole numbers only, such as epochs."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def nothing(axes: Axes, why: str) -> None:
+    """Say in an empty chart why nothing is drawn."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=COLOURS["muted"], wrap=True)
+
+
+def svg(figure: Figure, alt: str) -> str:
+    """The figure as an ``<svg>`` element for a page: scales with it, follows its colours, and says what it shows.
+
+    Args:
+        figure: of :func:`new_figure`.
+        alt: what is seen, in a sentence, for those who do not see it.
+    """
+    with rc_context(_STYLE), io.StringIO() as file:
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style [^>]*>.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s*xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    # Only what is referred to needs an id, and ids must differ between the charts of a page.
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    prefix = f"c{zlib.crc32(alt.encode()):08x}"
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", text)
+    text = re.sub(r"\s*\n\s*", " ", text)
+    label = escape(alt, quote=True)
+    head, _, rest = text.partition(">")
+    head = re.sub(r'\s(width|height|version)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{label}"><title>{label}</title>{rest.strip()}'
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Names in words: all of them, or so many and the number of the others."""
+    names = list(names)
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"

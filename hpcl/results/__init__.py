@@ -1,0 +1,46 @@
+"""What a search leaves behind, and how it is read: no torch, ray or optuna here.
+
+`columns` has every column with its unit and meaning, `tables` writes and reads Parquet,
+`load` gives a whole results folder as pandas frames (:func:`load_search`), `tune` the same of
+an experiment folder that Ray Tune left.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hpcl.results.columns import (
+    EPOCH_COLUMNS,
+    LOWER_IS_BETTER,
+    RETRAIN_COLUMNS,
+    TIME_COLUMNS,
+    TRIAL_COLUMNS,
+    Column,
+    State,
+    clean,
+    epoch_schema,
+    retrain_schema,
+    trial_schema,
+)
+from hpcl.results.tables import read_rows, write_table
+
+if TYPE_CHECKING:
+    from hpcl.results.fields import Field
+    from hpcl.results.load import SearchResults, load_search
+
+__all__ = [
+    "EPOCH_COLUMNS", "LOWER_IS_BETTER", "RETRAIN_COLUMNS", "TIME_COLUMNS", "TRIAL_COLUMNS",
+    "Column", "Field", "SearchResults", "State",
+    "clean", "epoch_schema", "load_search", "read_rows", "retrain_schema", "trial_schema", "write_table",
+]  # fmt: skip
+
+_LOADED = {"Field": "fields", "SearchResults": "load", "load_search": "load"}
+
+
+def __getattr__(name: str) -> Any:
+    """What reads whole folders comes with pandas (0.7 s), so only where it is asked for."""
+    if name in _LOADED:
+        from importlib import import_module
+
+        return getattr(import_module(f"hpcl.results.{_LOADED[name]}"), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
