@@ -132,7 +132,7 @@ def _field(path: str, spec: Any, base: Any) -> Field | None:
 
 
 def from_table(trials: pd.DataFrame) -> dict[str, Field]:
-    """The fields of a table without a space file: every ``config.`` column with more than one value, by its extremes."""
+    """The fields of a table without a space file: the ``config.`` columns with several values, by their extremes."""
     import pandas as pd
 
     fields = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from numpy.typing import NDArray
+
+Mode = Literal["max", "min"]
 
 PROBE = "linear probe"
 """What `chosen_by` calls the probe on a validation split; any other is the name of a curve."""
@@ -46,6 +48,8 @@ class About:
     """finished, interrupted, failed, or running (also of one that was killed)."""
     metric: str | None = None
     """The curve that stopped trials, or by which trials are compared."""
+    mode: Mode | None = None
+    """Its better end; None: by its name (:data:`~hpcl.results.LOWER_IS_BETTER`)."""
     objective: str = "auto"
     """What the search was told to choose by: `auto`, `linear` or a curve."""
     rungs: tuple[float, ...] = ()
@@ -100,7 +104,13 @@ class SearchResults:
     @property
     def sign(self) -> float:
         """1 where a larger objective is better, else -1."""
-        return sign_of(self.chosen_by)
+        return self.sign_of(self.chosen_by)
+
+    def sign_of(self, curve: str) -> float:
+        """1 where a larger value of a curve is better, else -1."""
+        if self.about.mode is not None and curve == self.about.metric:
+            return 1.0 if self.about.mode == "max" else -1.0
+        return sign_of(curve)
 
     @cached_property
     def finished(self) -> pd.DataFrame:
@@ -165,7 +175,9 @@ class SearchResults:
         import numpy as np
 
         if column not in self.numeric:
-            raise UserError(f"{self.folder}: epochs has no numeric column {column}; there are: {', '.join(self.numeric)}")
+            raise UserError(
+                f"{self.folder}: epochs has no numeric column {column}; there are: {', '.join(self.numeric)}"
+            )
         rows, columns, width = self._places
         grid = np.full((len(self.trials), width), np.nan)
         known = rows >= 0
@@ -177,7 +189,12 @@ class SearchResults:
         """The numeric columns of `epochs`."""
         import pandas as pd
 
-        return tuple(str(c) for c in self.epochs.columns if pd.api.types.is_numeric_dtype(self.epochs[c]))
+        kinds = {str(name): self.epochs[name] for name in self.epochs.columns}
+        return tuple(
+            name
+            for name, values in kinds.items()
+            if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+        )
 
     def measured(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the columns of `epochs` in which there is at least one value."""
@@ -193,6 +210,8 @@ class SearchResults:
     @property
     def cost_unit(self) -> str:
         """The same in words."""
+        if self.about.kind == "tune":
+            return "trial-hours"
         return "GPU-hours" if self.cost_column == "gpu_hours" else "CPU-hours"
 
     @property
@@ -215,13 +234,14 @@ def plain(value: Any, f: Field) -> Any:
     return int(value) if f.kind == "int" else float(value)
 
 
-def load_search(path: str | os.PathLike[str], *, metric: str | None = None) -> SearchResults:
+def load_search(path: str | os.PathLike[str], *, metric: str | None = None, mode: Mode | None = None) -> SearchResults:
     """Read a results folder, or an experiment folder of Ray Tune as far as its files go.
 
     Args:
         path: ``results/<name>``; it may be of a search that runs, was cut short, or was made by an older version.
             Or a folder of Tune's, with a folder per trial that has ``result.json`` or ``progress.csv``.
         metric: curve by which trials are compared, where the folder does not say it, or another one.
+        mode: its better end, where its name does not tell.
 
     Returns:
         The frames have all documented columns, also those that the files lack (then empty).
@@ -232,19 +252,17 @@ def load_search(path: str | os.PathLike[str], *, metric: str | None = None) -> S
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give that of a search, results/<name>")
-    if (folder / "trials.parquet").is_file():
-        search = _own(folder)
-    else:
+    if not (folder / "trials.parquet").is_file():
         from hpcl.results.tune import load_tune
 
-        search = load_tune(folder, metric)
-    if metric is not None:
-        if metric not in search.numeric:
-            raise UserError(f"{folder}: has no curve {metric}; there are: {', '.join(search.numeric)}")
-        from dataclasses import replace
-
-        search = replace(search, about=replace(search.about, metric=metric))
-    return search
+        return load_tune(folder, metric, mode)
+    search = _own(folder)
+    if metric is None and mode is None:
+        return search
+    if metric is not None and metric not in search.numeric:
+        raise UserError(f"{folder}: has no curve {metric}; there are: {', '.join(search.numeric)}")
+    about = replace(search.about, metric=metric or search.about.metric, mode=mode)
+    return replace(search, about=about)
 
 
 def _own(folder: Path) -> SearchResults:

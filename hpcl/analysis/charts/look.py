@@ -37,7 +37,7 @@ COLOURS = {
 SERIES = ("#1b6ca8", "#e07a1f", "#2a8f57", "#7b2d8b", "#c0392b", "#4d7f6b", "#b9862b", "#6a7076")
 """Colours of things that have no role, in this order: all of them are among COLOURS."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hpcl",
     "font.size": 10,
@@ -60,7 +60,9 @@ _STYLE = {
 }
 
 
-def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1, rows: int = 1, **more: Any) -> tuple[Figure, Any]:
+def new_figure(
+    width: float = 7.0, height: float = 3.6, columns: int = 1, rows: int = 1, **more: Any
+) -> tuple[Figure, Any]:
     """A figure in the project's look and its axes: one, or an array of them where there are several.
 
     Args:
