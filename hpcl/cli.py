@@ -1,4 +1,5 @@
-"""The command line: ``hpcl train | knn | export | search | status | retrain | doctor``.
+"""The command line: ``hpcl train | knn | prototypes | export``, ``search | status | retrain | doctor`` and
+``report | compare | best | suggest``.
 
 Torch is imported inside the commands that need it, so that ``--help`` answers at once.
 A mistake of the user is printed without a traceback and ends with exit code 2.
@@ -171,6 +172,94 @@ def doctor(
     from hpcl.search.doctor import main as doctor_main
 
     raise typer.Exit(doctor_main(address=address, results=results, data=data, space=space))
+
+
+Folders = Annotated[list[str], typer.Argument(help="Folders of searches, results/<name>, or their URIs.")]
+
+
+@app.command()
+def report(
+    folders: Folders,
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first folder.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Curve to compare trials by, where an experiment folder of Tune's names none.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Its better end, max or min.")] = None,
+    galleries: Annotated[bool, typer.Option(help="Show what the best trial's prototypes hold.")] = True,
+) -> None:
+    """Write one self-contained page: the best configuration, how sure, why, and what to search next."""
+    if mode not in (None, "max", "min"):
+        raise UserError(f"--mode is {mode}, but must be max or min")
+    from hpcl.analysis.report.page import main as report_main
+
+    report_main(_tables(folders, out, "report.html"), out, metric=metric, mode=mode, galleries=galleries)
+
+
+@app.command()
+def compare(folders: Folders) -> None:
+    """Several searches side by side: best so far at equal cost, winning values, and what seeds say of the difference."""
+    from hpcl.analysis.compare import main as compare_main
+
+    compare_main(_tables(folders))
+
+
+@app.command()
+def best(
+    folders: Folders,
+    out: Annotated[Path | None, typer.Option(help="Configuration to write (YAML); default: only print.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that this command did not write.")] = False,
+) -> None:
+    """The best configuration by its seeds and neighbours rather than by luck, beside the research notes' values."""
+    from hpcl.analysis.robust import main as best_main
+
+    best_main(_tables(folders), out, force)
+
+
+@app.command()
+def suggest(
+    folder: Annotated[str, typer.Argument(help="Folder of a search, results/<name>, or its URI.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Space file to write; default: follow-up.yaml in the folder.")
+    ] = None,
+) -> None:
+    """What to search next: ranges that were hit at an edge, fields that do not matter, and a space file that runs."""
+    from hpcl.analysis.suggest import main as suggest_main
+
+    suggest_main(_tables([folder], out, "follow-up.yaml")[0], out)
+
+
+@app.command()
+def prototypes(
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint.pt of a run or trial folder.")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: prototypes.html beside the checkpoint.")] = None,
+    images: Annotated[int, typer.Option(help="Nearest images of each prototype, 1 to 24.")] = 8,
+    data: Annotated[str | None, typer.Option(help="Where the images it was trained on lie now.")] = None,
+) -> None:
+    """Write a page with the images nearest to each prototype, coarse level to fine."""
+    if "://" in checkpoint and out is None:
+        raise UserError(f"{checkpoint}: say with --out where the page goes")
+    from hpcl.analysis.report.gallery import main as prototypes_main
+
+    prototypes_main(_here(checkpoint), out, images, data)
+
+
+def _tables(folders: list[str], out: Path | None = None, name: str | None = None) -> list[Path]:
+    """Folders of searches on this machine; the tables of those that lie at URIs are brought.
+
+    Raises:
+        UserError: `name` would be written into a store's folder, which is not here.
+    """
+    if name and out is None and "://" in folders[0]:
+        raise UserError(f"{folders[0]}: say with --out where {name} goes")
+    if not any("://" in folder for folder in folders):
+        return [Path(folder) for folder in folders]
+    from hpcl.search.places import place
+    from hpcl.search.storage import fetch
+
+    places = [place(folder) for folder in folders]
+    for path in places:
+        fetch(path, {"trials.parquet", "epochs.parquet", "retrain.parquet", "space.yaml", "search.json"})
+    return places
 
 
 def _here(where: str) -> Path:

@@ -103,8 +103,7 @@ def test_labels_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
 
     def look(metric: str, objective: str) -> str:
         tree = read_tree(text.replace("METRIC", metric).replace("OBJECTIVE", objective), "s.yaml")
-        line, _ = runner.look_at_data(with_overrides(from_tree(tree), data=str(tmp_path)))
-        return line
+        return runner.look_at_data(with_overrides(from_tree(tree), data=str(tmp_path))).line
 
     assert "40 images 1x8x8, unlabelled" in look("nce_ref", "auto")
     with pytest.raises(UserError) as caught:

@@ -60,6 +60,8 @@ class About:
     """Time on the clock up to which all trials share one run."""
     data: str | None = None
     """Source of the images."""
+    val_images: int | None = None
+    """Images of the validation split, by which a probe's accuracy is measured; None: not known."""
     command: str | None = None
     """The command that began it."""
     started: str | None = None
@@ -265,6 +267,25 @@ def load_search(path: str | os.PathLike[str], *, metric: str | None = None, mode
     return replace(search, about=about)
 
 
+def load_searches(
+    paths: Sequence[str | os.PathLike[str]], *, metric: str | None = None, mode: Mode | None = None
+) -> list[SearchResults]:
+    """Several folders by :func:`load_search`.
+
+    Raises:
+        UserError: none is given, or some cannot be read; names all of them.
+    """
+    found, problems = [], []
+    for path in paths:
+        try:
+            found.append(load_search(path, metric=metric, mode=mode))
+        except UserError as error:
+            problems += error.problems
+    if problems or not paths:
+        raise UserError(*(problems or ["give the folder of a search, results/<name>"]))
+    return found
+
+
 def _own(folder: Path) -> SearchResults:
     import pyarrow as pa
 
@@ -325,6 +346,7 @@ def _about(
         factor=facts.get("factor") or settings.get("factor"),
         fork=rungs[0] - float(grace) if rungs and isinstance(grace, (int, float)) else _fork(epochs),
         data=facts.get("data"),
+        val_images=_count(facts.get("images"), "val"),
         command=facts.get("command"),
         started=facts.get("started"),
         seconds=facts.get("seconds"),
@@ -333,6 +355,11 @@ def _about(
         base=base if isinstance(base, dict) else {},
         notes=(*(str(note) for note in facts.get("notes") or ()), *notes),
     )
+
+
+def _count(counts: Any, name: str) -> int | None:
+    count = counts.get(name) if isinstance(counts, dict) else None
+    return count if isinstance(count, int) and count > 0 else None
 
 
 def _fork(epochs: pd.DataFrame) -> float:

@@ -11,7 +11,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hpcl
 from hpcl.files import write_text
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "ray", "optuna", "numpy", "faiss-gpu", "faiss-cpu", "pyarrow", "scikit-learn", "mlxtend")
 
 
+class Looked(NamedTuple):
+    """The images of a search."""
+
+    line: str
+    """What they are, in words."""
+    digest: str
+    """Hash of their content."""
+    parts: dict[str, int]
+    """Images of each split: train, val, test."""
+
+
 class Record:
     """The file, from the start of a search to its end.
 
@@ -30,7 +41,7 @@ class Record:
         plan: the search.
         nodes: the cluster's machines (``ray.nodes()``).
         backbone: name of the user's own backbone.
-        data_hash: of the images, where they are ours to read.
+        looked: the images, where they are ours to read.
         given: its runs were given, so that the same command goes on with them.
     """
 
@@ -39,7 +50,7 @@ class Record:
         plan: Plan,
         nodes: list[dict[str, Any]],
         backbone: str | None = None,
-        data_hash: str | None = None,
+        looked: Looked | None = None,
         *,
         given: bool = False,
     ) -> None:
@@ -63,7 +74,8 @@ class Record:
             "rungs": list(plan.rungs),
             "factor": space.search.factor,
             "data": space.base.data.source,
-            "data_hash": data_hash,
+            "data_hash": looked and looked.digest,
+            "images": looked and looked.parts,
             "backbone": backbone or space.base.model.backbone,
             "versions": versions(),
             "commit": commit(),

@@ -40,9 +40,10 @@ from hpcl.search.mirror import is_running
 from hpcl.search.places import location, place, shown
 from hpcl.search.plan import counted, duration
 from hpcl.search.progress import say
+from hpcl.search.record import Looked
 from hpcl.search.retrained import FOLDER, Retrained, header, next_command, summary, write_best
 from hpcl.search.runner import look_at_data, planned, with_full_path
-from hpcl.search.session import NO_DATA, Session
+from hpcl.search.session import Session
 from hpcl.search.space import Space
 from hpcl.search.status import read
 from hpcl.search.storage import check, exists, fetch, push
@@ -118,12 +119,12 @@ def retrain(
         to_do = [run for run in runs if run.name not in earlier.trials or run.name in earlier.unfinished()]
         found = None
         if to_do:
-            data_hash = NO_DATA
+            looked = None
             if train is None:
                 from hpcl.trainer import fit
 
-                train, data_hash = fit, _look(space, runs, say)
-                if data is None and search.record.get("data_hash") not in (None, data_hash):
+                train, looked = fit, _look(space, runs, say)
+                if data is None and search.record.get("data_hash") not in (None, looked.digest):
                     say(f"note: the images at {space.base.data.source} have changed since the search")
             for line in _plan(search, space, chosen, runs, to_do, top, len(earlier.unfinished())):
                 say(line)
@@ -134,7 +135,7 @@ def retrain(
                 line = f"{min(room.trials, len(to_do))} at a time ({room.each(job.workers)} each)"
                 same = data is None and workers is None
                 say(line + (_forecast(search, space, to_do, earlier, room.trials) if same else ""))
-                session = Session(plan, job, data_hash, nodes, own, say, listed=Listed(runs), address=address)
+                session = Session(plan, job, looked, nodes, own, say, listed=Listed(runs), address=address)
                 try:
                     session.open(Choice(out, resume=True))
                     found, earlier = session.run(), session.tables
@@ -269,15 +270,15 @@ def _trial_of(name: str) -> str:
     return name.partition("-")[0]
 
 
-def _look(space: Space, runs: Sequence[Run], say: Callable[[str], None]) -> str:
-    """Load the images; their hash.
+def _look(space: Space, runs: Sequence[Run], say: Callable[[str], None]) -> Looked:
+    """Load the images; what they are.
 
     Raises:
         UserError: they cannot be read, or a configuration does not fit them.
     """
     from hpcl.data import load
 
-    line, data_hash = look_at_data(replace(space, params={}))  # the base; the others below, by themselves
+    looked = look_at_data(replace(space, params={}))  # the base; the others below, by themselves
     images = load(space.base.data)
     problems = [
         f"{images.source}: trial {trial}: {problem}"
@@ -286,8 +287,8 @@ def _look(space: Space, runs: Sequence[Run], say: Callable[[str], None]) -> str:
     ]
     if problems:
         raise UserError(*problems)
-    say(line)
-    return data_hash
+    say(looked.line)
+    return looked
 
 
 def _plan(

@@ -32,7 +32,8 @@ from hpcl.search.nodes import look_at_nodes, storage_problems
 from hpcl.search.places import location
 from hpcl.search.plan import Plan, make_plan
 from hpcl.search.progress import say
-from hpcl.search.session import NO_DATA, Session
+from hpcl.search.record import Looked
+from hpcl.search.session import Session
 from hpcl.search.space import Space
 from hpcl.search.storage import check
 from hpcl.search.trial import Job, TrainFunction
@@ -77,20 +78,20 @@ def run(
         choice = choose_folder(space, name, results, fresh=fresh)
         if name is None and not (fresh or choice.resume) and choice.folder.name != space.name:
             say(f"the search {space.name} has ended; this is a new one beside it: {choice.folder.name}")
-        data_hash = NO_DATA
+        looked = None
         if backbone is None and (problems := backbone_problems(space)):
             raise UserError(*problems)
         if train is None:
             from hpcl.trainer import fit
 
-            train, (line, data_hash) = fit, look_at_data(space)
-            say(line)
+            train, looked = fit, look_at_data(space)
+            say(looked.line)
         own = None if backbone is None else getattr(backbone, "__name__", type(backbone).__name__)
-        known = None if data_hash == NO_DATA else data_hash
+        known = looked and looked.digest
         warm = read_warm(warm_from, space, data_hash=known, backbone=own) if warm_from else None
         with planned(space, choice.folder, address, say, resumes=choice.resume) as (plan, nodes):
             job = Job(space, train, backbone, plan.concurrency)
-            search = Session(plan, job, data_hash, nodes, own, say, address=address)
+            search = Session(plan, job, looked, nodes, own, say, address=address)
             try:
                 search.open(choice)
                 if warm is not None:
@@ -129,13 +130,14 @@ def with_full_path(space: Space) -> Space:
     return replace(space, base=space.base.with_values({"data.source": str(source.resolve())}))
 
 
-def look_at_data(space: Space) -> tuple[str, str]:
-    """Load the base's images once, so that trials find them decoded; a line that says what they are, and their hash.
+def look_at_data(space: Space) -> Looked:
+    """Load the base's images once, so that trials find them decoded; what they are.
 
     Raises:
         UserError: the images cannot be read, or what the space asks for does not fit them.
     """
     from hpcl.data import load
+    from hpcl.sources import SPLITS
 
     images = load(space.base.data)
     problems = space_problems(space, rules=True, images=len(images.train))
@@ -148,4 +150,5 @@ def look_at_data(space: Space) -> tuple[str, str]:
         ]
     if problems:
         raise UserError(*(f"{images.source}: {problem}" for problem in problems))
-    return images.describe(), images.content_hash
+    parts = {name: len(getattr(images, name)) for name in SPLITS}
+    return Looked(images.describe(), images.content_hash, parts)

@@ -31,7 +31,7 @@ from hpcl.search.plan import DRIVER_CPUS, Plan, counted
 from hpcl.search.prefixes import PrefixNode
 from hpcl.search.progress import Follow, say
 from hpcl.search.queue import Prefixes, WorkQueue, report
-from hpcl.search.record import Record
+from hpcl.search.record import Looked, Record
 from hpcl.search.sampler import JOURNAL_NAME as STUDY_NAME
 from hpcl.search.sampler import Sampler
 from hpcl.search.storage import storage_trouble
@@ -53,17 +53,18 @@ class Session:
         self,
         plan: Plan,
         job: Job,
-        data_hash: str,
+        looked: Looked | None,
         nodes: list[dict[str, Any]],
         own: str | None,
         say: Callable[[str], None],
         listed: Listed | None = None,
         address: str | None = None,
     ) -> None:
-        self.plan, self.job, self._data_hash, self._say = plan, job, data_hash, say
+        self.plan, self.job, self._say = plan, job, say
+        self._data_hash = looked.digest if looked else NO_DATA
         self.space, self.folder = plan.space, plan.folder
         self._own, self._listed = own, listed
-        self._record = Record(plan, nodes, own, None if data_hash == NO_DATA else data_hash, given=listed is not None)
+        self._record = Record(plan, nodes, own, looked, given=listed is not None)
         self.draining = Draining()
         self._held = ExitStack()
         self._course = Course()

@@ -9,14 +9,17 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from html import escape
-from typing import Any
+from typing import Any, ParamSpec
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParamsDefault
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+P = ParamSpec("P")
 
 COLOURS = {
     "ink": "#1a1c1f",
@@ -38,8 +41,6 @@ SERIES = ("#1b6ca8", "#e07a1f", "#2a8f57", "#7b2d8b", "#c0392b", "#4d7f6b", "#b9
 """Colours of things that have no role, in this order: all of them are among COLOURS."""
 
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hpcl",
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -60,10 +61,21 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+def chart(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Let a function draw in the project's look, whatever the look of the notebook that calls it."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with rc_context({**rcParamsDefault, **_STYLE}):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
 def new_figure(
-    width: float = 7.0, height: float = 3.6, columns: int = 1, rows: int = 1, **more: Any
+    width: float = 7.0, height: float = 3.4, columns: int = 1, rows: int = 1, **more: Any
 ) -> tuple[Figure, Any]:
-    """A figure in the project's look and its axes: one, or an array of them where there are several.
+    """A figure and its axes: one, or an array of them where there are several. To be called within :func:`chart`.
 
     Args:
         width: in inches; a page shows 7 inches over its full width.
@@ -71,9 +83,8 @@ def new_figure(
         columns, rows: axes beside and below one another.
         more: for ``Figure.subplots``.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, **more)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **more)
 
 
 def whole_numbers(axes: Axes) -> None:
@@ -94,7 +105,7 @@ def svg(figure: Figure, alt: str) -> str:
         figure: of :func:`new_figure`.
         alt: what is seen, in a sentence, for those who do not see it.
     """
-    with rc_context(_STYLE), io.StringIO() as file:
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hpcl"}), io.StringIO() as file:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = file.getvalue()
     text = text[text.index("<svg") :]

@@ -1,0 +1,161 @@
+"""``hpcl report``: one self-contained HTML file with a search's answer first, and what it rests on below.
+
+The page fetches nothing: styles, the script of the table, charts (SVG) and pictures (data URIs) are in the file, and its
+content policy allows nothing else. Sections are made by `sections`, sentences of the first screen by `answer`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hpcl
+from hpcl.analysis.report.answer import Answer, answer
+from hpcl.analysis.report.sections import Section, comparison, of_search
+from hpcl.analysis.report.table import Table, table
+from hpcl.errors import UserError, harmless
+from hpcl.files import write_text
+from hpcl.results import SearchResults
+from hpcl.results.fields import shown
+from hpcl.results.load import load_searches
+
+MOST_BYTES = 2_000_000
+"""Size of a page with one search, at most."""
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page says of one search."""
+
+    name: str
+    about: str
+    answer: Answer
+    robust: str
+    verdict: str
+    values: list[tuple[str, str, str]]
+    """(path, the best trial's value, the base's where it differs)."""
+    next: list[str]
+    notes: list[str]
+    sections: list[Section]
+    table: Table
+
+
+def write_report(searches: Sequence[SearchResults], out: Path, *, galleries: bool = True) -> None:
+    """Write the page of one or several searches, atomically.
+
+    Args:
+        searches: the first one's answer stands first; with several, a comparison follows it.
+        out: the file.
+        galleries: show what the best trial's prototypes hold, where its checkpoint and its images are still there.
+
+    Raises:
+        UserError: `out` cannot be written, or the page would not be one that opens everywhere.
+    """
+    text = render(searches, galleries=galleries)
+    write_text(out, text)
+
+
+def render(searches: Sequence[SearchResults], *, galleries: bool = True) -> str:
+    """The page as text; see :func:`write_report`."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    from hpcl.analysis.report.gallery import CSS as GALLERY_CSS
+
+    names = ", ".join(harmless(search.about.name) for search in searches)
+    return environment.get_template("page.html").render(
+        title=f"{names}: results",
+        css=(_HERE / "page.css").read_text(encoding="utf-8") + GALLERY_CSS,
+        script=(_HERE / "table.js").read_text(encoding="utf-8"),
+        parts=[_part(search, galleries) for search in searches],
+        comparison=comparison(searches) if len(searches) > 1 else None,
+        footer=f"Written {time.strftime('%Y-%m-%d %H:%M')} by hpcl {hpcl.__version__} from "
+        f"{', '.join(harmless(str(search.folder)) for search in searches)}.",
+    )
+
+
+def _part(search: SearchResults, galleries: bool) -> Part:
+    told, made = of_search(search, galleries=galleries)
+    where = f"results/{search.about.name}" if search.about.kind == "hpcl" else str(search.folder)
+    return Part(
+        name=harmless(search.about.name),
+        about=harmless(_about(search)),
+        answer=answer(search),
+        robust=told.robust,
+        verdict=told.verdict,
+        values=_values(search),
+        next=_next(search, where),
+        notes=[harmless(note) for note in search.about.notes],
+        sections=made,
+        table=table(search),
+    )
+
+
+def _about(search: SearchResults) -> str:
+    about = search.about
+    gpus = (about.facts.get("hardware") or {}).get("gpus") if isinstance(about.facts.get("hardware"), dict) else None
+    cpu = (about.facts.get("hardware") or {}).get("cpu") if isinstance(about.facts.get("hardware"), dict) else None
+    parts = [
+        f"search of {len(search.fields)} fields" if about.kind == "hpcl" else "an experiment of Ray Tune",
+        f"images {about.data}" if about.data else "",
+        f"begun {str(about.started)[:16].replace('T', ' ')}" if about.started else "",
+        f"on {len(gpus)} GPUs" if isinstance(gpus, list) and gpus else f"on {cpu}" if cpu else "",
+        f"{about.state}" if about.state not in ("finished", "unknown") else "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _values(search: SearchResults) -> list[tuple[str, str, str]]:
+    best = search.best
+    if best is None:
+        return []
+    values = search.values(str(best["trial_id"]))
+    rows = []
+    for path, value in values.items():
+        base = search.fields[path].base
+        said, told = _short(value), "" if base is None else _short(base)
+        rows.append((harmless(path), harmless(said), harmless(told) if told != said else ""))
+    return rows
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else shown(value)
+
+
+def _next(search: SearchResults, where: str) -> list[str]:
+    if search.about.kind == "tune":
+        return [f"hpcl report {where} --metric NAME"]
+    if search.best is None:
+        return [f"hpcl status {where}"]
+    if search.retrain.empty:
+        return [f"hpcl retrain {where} --top 3 --seeds 3", f"hpcl suggest {where}", f"hpcl train {where}/best.yaml"]
+    return [f"hpcl suggest {where}", f"hpcl train {where}/best.yaml"]
+
+
+def main(
+    folders: Sequence[Path], out: Path | None, *, metric: str | None = None, mode: Any = None, galleries: bool = True
+) -> None:
+    """Load the folders, write the page, and print where it is.
+
+    Args:
+        folders: results folders, or experiment folders of Ray Tune.
+        out: the page; None: ``report.html`` in the first folder.
+        metric, mode: as in :func:`hpcl.results.load_search`.
+        galleries: as in :func:`write_report`.
+
+    Raises:
+        UserError: a folder cannot be read (all of them are named), or `out` cannot be written.
+    """
+    searches = load_searches(folders, metric=metric, mode=mode)
+    page = out or Path(folders[0]) / "report.html"
+    if page.is_dir():
+        raise UserError(f"{page}: is a folder, but --out must name the file to write")
+    write_report(searches, page, galleries=galleries)
+    first = answer(searches[0])
+    print(harmless(f"{first.headline}\nwritten: {page} ({page.stat().st_size / 1000:,.0f} kB)"), flush=True)

@@ -1,0 +1,306 @@
+"""The sections of a report: each a question, what the tables say to it, and the charts that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hpcl.analysis.audit import Audit, audit
+from hpcl.analysis.charts import audit as audit_charts
+from hpcl.analysis.charts import compare as compare_charts
+from hpcl.analysis.charts import curves as curve_charts
+from hpcl.analysis.charts import fields as field_charts
+from hpcl.analysis.charts.look import listed, svg
+from hpcl.analysis.report.answer import evidence_of
+from hpcl.errors import UserError, harmless
+from hpcl.results import Field, SearchResults
+from hpcl.search.importance import LEAST, METHODS, Importance, importance
+
+SLICES = 9
+"""Fields that have a slice of their own, the most important ones."""
+TIMELINES = 2
+"""Trials whose clusters are shown, beside the base."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart in the page."""
+
+    svg: str
+    small: bool = False
+    """Whether it is to stay small on a wide screen."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A small table in the page."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question."""
+
+    id: str
+    title: str
+    texts: Sequence[str] = ()
+    figures: Sequence[Drawing] = ()
+    table: Grid | None = None
+    html: str = ""
+    """HTML that is taken as it is: its maker has escaped what it holds."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Sentences of the sections that belong on the first screen."""
+
+    robust: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several searches side by side."""
+
+    svg: str
+    text: str
+
+
+def of_search(search: SearchResults, *, galleries: bool = True) -> tuple[Told, list[Section]]:
+    """All sections of a search that have something to say, and what of them belongs on the first screen."""
+    audited = audit(search)
+    matter = [found for method in METHODS if (found := importance(search, method)) is not None]
+    fields = _by_importance(search, matter)
+    made = [
+        _seeds(search),
+        _progress(search),
+        _curves(search),
+        _clusters(search),
+        _importance(search, matter),
+        _slices(search, fields),
+        _parallel(search, fields),
+        _audit(search, audited),
+        _gallery(search) if galleries else None,
+        _failures(search),
+        _record(search),
+    ]
+    return Told(_robust(search), audited.sentence), [section for section in made if section is not None]
+
+
+def comparison(searches: Sequence[SearchResults]) -> Comparison:
+    """Several searches side by side: the best so far over what they cost, and the table of ``hpcl compare``."""
+    from hpcl.analysis.compare import compare
+
+    found = compare(searches)
+    names = listed([search.about.name for search in searches])
+    alt = f"Best so far over the hours spent, for {names}"
+    figure = _draw(compare_charts.best_so_far(searches), alt)
+    return Comparison(f"<figure>{figure.svg}</figure>", harmless("\n".join(found.lines())))
+
+
+def _draw(figure: Figure, alt: str, *, small: bool = False) -> Drawing:
+    return Drawing(svg(figure, harmless(alt)), small)
+
+
+def _by_importance(search: SearchResults, matter: Sequence[Importance]) -> list[Field]:
+    """The searched fields, the most important ones first."""
+    order = list(matter[0].fields["field"]) if matter else []
+    return [search.fields[path] for path in [*order, *(p for p in search.fields if p not in order)]]
+
+
+def _robust(search: SearchResults) -> str:
+    """What the neighbourhood of each trial says of the best one."""
+    from hpcl.analysis.robust import robust_best
+
+    try:
+        found = robust_best([search])
+    except UserError:
+        return ""  # a folder of Tune's has no space in which trials could be near
+    same = found.best.trial_id == found.lucky.trial_id
+    who = "the same trial" if same else f"rather trial {found.best.trial_id}"
+    return harmless(f"{who}: {found.evidence()}")
+
+
+def _seeds(search: SearchResults) -> Section | None:
+    if search.retrain.empty:
+        return None
+    evidence = evidence_of(search)
+    rows = [
+        (s.trial_id + (" (base)" if s.trial_id == evidence.base else ""), s.text(),
+         "-" if s.search is None else f"{s.search:.4f}", ", ".join(f"{v:.4f}" for v in s.values), "; ".join(s.lost))
+        for s in evidence.standings
+    ]  # fmt: skip
+    return Section(
+        "seeds",
+        "What several seeds say",
+        [f"{evidence.lead()[:1].upper()}{evidence.lead()[1:]}.", f"Agreement {evidence.agreement_text()}."],
+        table=Grid(("trial", evidence.chosen_by, "in the search", "each seed", "lost"), rows),
+    )
+
+
+def _progress(search: SearchResults) -> Section:
+    alt = f"Best {search.chosen_by} so far over the {search.cost_unit} spent by {search.about.name}"
+    figure = compare_charts.best_so_far([search])
+    return Section("progress", "What did the hours buy?", figures=[_draw(figure, alt)])
+
+
+def _curves(search: SearchResults) -> Section | None:
+    names = [n for n in dict.fromkeys((search.about.metric or "", "acc_proto_ref", "acc_proto")) if n in search.numeric]
+    names = list(search.measured(names))[:3]
+    if not names:
+        return None
+    stopped = search.trials[search.trials["state"] == "stopped"]
+    texts = []
+    if len(stopped) and search.about.rungs:
+        at = stopped["epochs"].value_counts().sort_index()
+        spots = ", ".join(f"{n} at epoch {int(epoch)}" for epoch, n in list(at.items())[:8])
+        more = f" and {len(at) - 8} other epochs" if len(at) > 8 else ""
+        texts.append(f"Stopped early: {spots}{more}.")
+    if "acc_proto" in names:
+        texts.append(
+            "acc_proto depends on the number of clusters, so trials are not to be compared by its height; acc_proto_ref "
+            "is the same measure for all."
+        )
+    alt = f"Curves of {' and '.join(names)} of {len(search.trials)} trials with stages and rungs"
+    return Section("curves", "Who was stopped where?", texts, [_draw(curve_charts.curves(search, names), alt)])
+
+
+def _clusters(search: SearchResults) -> Section | None:
+    if not search.measured(["clusters"]):
+        return None
+    ids = [str(trial) for trial in search.finished["trial_id"].iloc[:TIMELINES]]
+    base = search.base_trial
+    if base is not None and base["trial_id"] not in ids:
+        ids.append(str(base["trial_id"]))
+    if not ids:
+        return None
+    grew = search.epochs[search.epochs["trial_id"].isin(ids) & search.epochs["grew"].fillna(False).astype(bool)]
+    texts = [
+        f"Trial {trial} grew " + _growths(grew[grew["trial_id"] == trial]) + "." for trial in ids
+    ]
+    alt = f"Number, sizes and churn of the clusters of trials {', '.join(ids)} by epoch"
+    return Section(
+        "clusters", "How did the clusters grow?", texts, [_draw(curve_charts.clusters(search, ids), alt)]
+    )
+
+
+def _growths(rows: Any) -> str:
+    if rows.empty:
+        return "not at all"
+    first = rows.iloc[0]
+    reason = f" (first: {first['growth_reason']})" if isinstance(first["growth_reason"], str) else ""
+    return f"{len(rows)} times, after epochs {', '.join(str(int(epoch)) for epoch in rows['epoch'])}{harmless(reason)}"
+
+
+def _importance(search: SearchResults, matter: Sequence[Importance]) -> Section:
+    title = "Which fields mattered?"
+    if not matter:
+        why = f"{len(search.finished)} finished trials with a value; {LEAST} are the least that can tell"
+        return Section("importance", title, [f"It cannot be told: {why}."])
+    texts = [f"{found.sentence()}." for found in matter]
+    texts.append(
+        f"The noise floor is what the most important field reaches in 95 of 100 deals in which the objectives are handed "
+        f"out at random ({', '.join(f'{found.deals} deals for {found.method}' for found in matter)})."
+    )
+    alt = "Importance of each field by " + " and ".join(found.method for found in matter) + " with the noise floor"
+    return Section("importance", title, texts, [_draw(field_charts.importances(matter), alt)])
+
+
+def _slices(search: SearchResults, fields: Sequence[Field]) -> Section | None:
+    if len(search.finished) < 2 or not fields:
+        return None
+    shown = fields[:SLICES]
+    more = f" The {len(shown)} most important of {len(fields)}." if len(fields) > len(shown) else ""
+    alt = f"{search.chosen_by} against {listed([f.path for f in shown])}"
+    figures = [_draw(field_charts.slices(search, shown), alt)]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        if second < len(fields):
+            pair = fields[first], fields[second]
+            alt = f"Mean {search.chosen_by} over {pair[0].path} and {pair[1].path}, with the trials in each tile"
+            figures.append(_draw(field_charts.pair(search, *pair), alt, small=True))
+    text = f"Each point is a finished trial; diamonds are the best and the base.{more} A tile with few trials says little."
+    return Section("slices", "Where are the good values?", [text], figures)
+
+
+def _parallel(search: SearchResults, fields: Sequence[Field]) -> Section | None:
+    if len(search.finished) < 2 or not fields:
+        return None
+    shown = fields[: field_charts.MOST_FIELDS - 2]
+    alt = f"Parallel coordinates of {listed([f.path for f in shown])} and {search.chosen_by}"
+    return Section("parallel", "What do good trials share?", figures=[_draw(field_charts.parallel(search, shown), alt)])
+
+
+def _audit(search: SearchResults, audited: Audit) -> Section:
+    raise NotImplementedError
+
+
+def _gallery(search: SearchResults) -> Section | None:
+    """The prototypes of the best trial, where its checkpoint and its images are there."""
+    trial = search.best
+    if trial is None or search.about.kind != "hpcl":
+        return None
+    checkpoint = search.folder / "trials" / str(trial["trial_id"]) / "checkpoint.pt"
+    title = "What do the prototypes hold?"
+    if not checkpoint.is_file():
+        return None
+    from hpcl.analysis.report.gallery import fragment
+    from hpcl.gallery import gallery_of
+
+    try:
+        gallery, images = gallery_of(Path(checkpoint))
+    except UserError as error:
+        return Section("prototypes", title, [f"They cannot be shown: {harmless(str(error))}"])
+    text = f"Trial {trial['trial_id']}: the images nearest to each prototype, coarse level to fine."
+    return Section("prototypes", title, [text], html=fragment(gallery, images.images))
+
+
+def _failures(search: SearchResults) -> Section | None:
+    bad = search.trials[search.trials["state"].isin(["failed", "diverged"])]
+    retried = search.trials[search.trials["retries"].fillna(0) > 0]
+    if bad.empty and retried.empty:
+        return None
+    texts = []
+    if len(bad):
+        counts = ", ".join(f"{n} {state}" for state, n in bad["state"].value_counts().items())
+        texts.append(f"{counts} of {len(search.trials):,} trials. The whole error is in trials/<id>/error.txt.")
+    if len(retried):
+        texts.append(f"{len(retried)} trials were tried again after their process was lost, {int(retried['retries'].sum())} times.")
+    if bad.empty:
+        return Section("failures", "What failed?", texts)
+    reasons = bad.groupby(["state", bad["stop_reason"].fillna("")], sort=False)["trial_id"].agg(list)
+    rows = [
+        (state, len(ids), listed(ids), harmless(str(reason)))
+        for (state, reason), ids in sorted(reasons.items(), key=lambda item: -len(item[1]))[:30]
+    ]
+    return Section("failures", "What failed?", texts, table=Grid(("state", "trials", "which", "why"), rows))
+
+
+def _record(search: SearchResults) -> Section | None:
+    facts = search.about.facts
+    if not facts:
+        return None
+    rows: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if name in ("prefixes", "notes", "trials", "hardware", "versions"):
+            continue
+        rows.append((name, _told(value)))
+    for name in ("versions", "hardware"):
+        part = facts.get(name)
+        if isinstance(part, dict):
+            rows += [(f"{name}: {key}", _told(value)) for key, value in part.items()]
+    cells = [(harmless(name), harmless(text)) for name, text in rows]
+    return Section("record", "What it ran on", table=Grid(("", ""), cells))
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_told(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(_told(each) for each in value[:12])
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
