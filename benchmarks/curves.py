@@ -4,8 +4,8 @@
     python benchmarks/curves.py --data PATH/cifar10 --subset 0.1      # any labelled images
 
 Draws configurations at random from search_spaces/full.yaml (lengths, learning rates, clusters, losses), stops none, and
-so knows for every trial what each curve said early and what came of it. The evidence for `search.metric` in docs/audit.md
-was made by this script; what it leaves in results/ is an ordinary results folder.
+so knows for every trial what each curve said early and what came of it. The evidence for `search.metric` in
+docs/audit.md was made by this script; what it leaves in results/ is an ordinary results folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(found.folder)
+    from hpcl.analysis.audit import audit
+    from hpcl.results import load_search
+
+    print("\n".join(audit(load_search(found.folder)).lines()))
+    print(f"\nthe charts: hpcl report {found.folder}")
     return 0
 
 

@@ -197,7 +197,7 @@ def report(
 
 @app.command()
 def compare(folders: Folders) -> None:
-    """Several searches side by side: best so far at equal cost, winning values, and what seeds say of the difference."""
+    """Several searches side by side: best so far at equal cost, winning values, and what seeds say of it."""
     from hpcl.analysis.compare import main as compare_main
 
     compare_main(_tables(folders))

@@ -1,4 +1,4 @@
-"""From results folders to a decision: what ``hpcl report``, ``compare``, ``best`` and ``suggest`` say, and the notebooks.
+"""From results folders to a decision: what ``hpcl report``, ``compare``, ``best`` and ``suggest`` say.
 
 `hpcl.results.load_search` gives the tables; here they are turned into answers. No module needs a running Ray, and none
 reads anything but tables, YAML and JSON (the prototype galleries read a checkpoint besides).

@@ -116,15 +116,20 @@ def _field(path: str, spec: Any, base: Any) -> Field | None:
         return None
     when = spec.get("when") if isinstance(spec.get("when"), Mapping) else {}
     more: dict[str, Any] = {
-        "when": {str(p): tuple(v) if isinstance(v, list) else (v,) for p, v in (when or {}).items()},
+        "when": {str(p): tuple(v) if isinstance(v, (list, tuple)) else (v,) for p, v in (when or {}).items()},
         "base": base,
     }
     choices = spec.get("choice")
-    if isinstance(choices, list) and choices:
+    if isinstance(choices, (list, tuple)) and choices:
         return Field(path, "choice", choices=tuple(choices), **more)
     kind: Literal["float", "int"] = "int" if "int" in spec else "float"
     ends = spec.get(kind)
-    if not (isinstance(ends, list) and len(ends) == 2 and all(_is_number(end) for end in ends) and ends[0] < ends[1]):
+    if not (
+        isinstance(ends, (list, tuple))
+        and len(ends) == 2
+        and all(_is_number(end) for end in ends)
+        and ends[0] < ends[1]
+    ):
         return None
     log = spec.get("log") is True and ends[0] > 0
     step = float(spec["step"]) if _is_number(spec.get("step")) else None

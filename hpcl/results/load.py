@@ -275,7 +275,8 @@ def load_searches(
     Raises:
         UserError: none is given, or some cannot be read; names all of them.
     """
-    found, problems = [], []
+    found: list[SearchResults] = []
+    problems: list[str] = []
     for path in paths:
         try:
             found.append(load_search(path, metric=metric, mode=mode))

@@ -30,7 +30,7 @@ METHODS: tuple[Method, ...] = ("PED-ANOVA", "fANOVA")
 
 LEAST = 8
 """Finished trials below which nothing is computed."""
-MOST = {"PED-ANOVA": 2000, "fANOVA": 200}
+MOST = {"PED-ANOVA": 1000, "fANOVA": 150}
 """Trials that are looked at, at most; of more a seeded part (fANOVA's forest takes 20 s for 1,000)."""
 DEALS = {"PED-ANOVA": 40, "fANOVA": 20}
 """Random deals of the objectives for the noise floor."""
@@ -59,9 +59,10 @@ class Importance:
 
     def sentence(self) -> str:
         """What it says, in words."""
+        floor = f"noise floor {self.floor:.2f}" if self.floor < 1 else "noise floor above all importance together"
         if not self.told:
-            return f"{self.method} tells no field from chance (n = {self.n}, noise floor {self.floor:.2f})"
-        return f"{self.method} tells from chance: {', '.join(self.told)} (n = {self.n}, noise floor {self.floor:.2f})"
+            return f"{self.method} tells no field from chance (n = {self.n}, {floor})"
+        return f"{self.method} tells from chance: {', '.join(self.told)} (n = {self.n}, {floor})"
 
 
 def importance(search: SearchResults, method: Method = "PED-ANOVA", *, seed: int = 0) -> Importance | None:

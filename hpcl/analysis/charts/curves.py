@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hpcl.analysis.charts.look import COLOURS, chart, new_figure, nothing, whole_numbers
+from hpcl.analysis.progress import best_so_far, finishes
 from hpcl.results import EPOCH_COLUMNS, SearchResults
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MOST_LINES = 60
+MOST_LINES = 50
 """Trials that are drawn, at most; of more a spread of all final values."""
 _UNITS = {column.name: column.unit for column in EPOCH_COLUMNS}
 
@@ -46,6 +47,27 @@ def curves(search: SearchResults, metrics: list[str]) -> Figure:
         whole_numbers(ax)
     axes[-1, 0].set_xlabel(time_label(search))
     _legend(axes[0, 0], search)
+    return figure
+
+
+@chart
+def progress(search: SearchResults) -> Figure:
+    """The best objective so far over what was spent, and when each trial finished with which value."""
+    found = best_so_far(search)
+    figure, ax = new_figure(7.0, 2.8)
+    if not len(found.spent):
+        nothing(ax, "no trial finished with a value")
+        return figure
+    spent, value = finishes(search)
+    ax.plot(spent, value, ls="", marker="o", ms=3, color=COLOURS["stopped"], label=f"{len(spent)} finished trials")
+    ends = np.append(found.spent, max(found.total, float(found.spent[-1])))
+    ax.step(ends, np.append(found.best, found.best[-1]), where="post", color=COLOURS["best"], lw=2, label="best so far")
+    base = search.base_trial
+    if base is not None and np.isfinite(base["objective"]):
+        ax.axhline(base["objective"], color=COLOURS["base"], lw=1.2, ls="--", label="base")
+    ax.set(title=f"What did the {found.unit} buy?  n = {len(search.trials)}", xlabel=f"{found.unit} spent")
+    ax.set(ylabel=search.chosen_by)
+    ax.legend(loc="best")
     return figure
 
 

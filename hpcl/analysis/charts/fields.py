@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hpcl.search.importance import Importance
 
-MOST_POINTS = 400
+MOST_POINTS = 250
 """Trials that a slice or parallel coordinates show, at most."""
 MOST_FIELDS = 12
 """Fields that are drawn, at most: the most important ones."""
@@ -38,16 +38,17 @@ def importances(found: Sequence[Importance]) -> Figure:
         values = np.array([table.get(name, 0.0) for name in names])
         colours = [COLOURS["finished"] if value > each.floor else COLOURS["stopped"] for value in values]
         ax.barh(range(len(names)), values, color=colours, height=0.65)
-        ax.axvline(each.floor, color=COLOURS["noise"], lw=1.4, ls="--")
+        most = max(1.3 * float(values.max()), min(each.floor * 1.05, 1.0))
+        inside = each.floor <= most
+        if inside:
+            ax.axvline(each.floor, color=COLOURS["noise"], lw=1.4, ls="--")
         ax.annotate(
-            "noise floor", (each.floor, 1.0), xycoords=("data", "axes fraction"), fontsize=8, color=COLOURS["noise"],
-            ha="right" if each.floor > 0.5 * max(values.max(), each.floor) else "left", va="bottom",
+            "noise floor" if inside else "noise floor: beyond this axis",
+            (min(each.floor, most), 1.0), xycoords=("data", "axes fraction"), fontsize=8, color=COLOURS["noise"],
+            ha="right" if each.floor > 0.5 * most else "left", va="bottom",
         )  # fmt: skip
-        ax.set(
-            title=f"{each.method}, n = {each.n}",
-            xlabel="share of importance",
-            xlim=(0, max(values.max(), each.floor) * 1.05),
-        )
+        ax.set(xlabel=f"share of importance by {each.method}, n = {each.n}", xlim=(0, most))
+        ax.xaxis.label.set_fontsize(9)
         ax.set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     return figure

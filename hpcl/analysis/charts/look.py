@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
 from html import escape
@@ -39,6 +40,9 @@ COLOURS = {
 
 SERIES = ("#1b6ca8", "#e07a1f", "#2a8f57", "#7b2d8b", "#c0392b", "#4d7f6b", "#b9862b", "#6a7076")
 """Colours of things that have no role, in this order: all of them are among COLOURS."""
+
+_OFTEN = 20
+"""Times that a style stands in a chart from which on it is written once."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -111,16 +115,26 @@ def svg(figure: Figure, alt: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style [^>]*>.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\s*xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)
+    # Places to a hundredth of a point; not the numbers that stand in the chart as text.
+    text = re.sub(r' (?:d|x|y|points|transform)="[^"]*"', lambda m: re.sub(r"(\d\.\d{2})\d+", r"\1", m[0]), text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
-    # Only what is referred to needs an id, and ids must differ between the charts of a page.
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    prefix = f"c{zlib.crc32(alt.encode()):08x}"
-    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", text)
+    # Only what is referred to needs an id. Matplotlib's differ from run to run; a page holds several charts.
+    used = dict.fromkeys(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    numbers = {name: number for number, name in enumerate(used)}
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="@{numbers[m[1]]}"' if m[1] in numbers else "", text)
+    text = re.sub(r'(href="#|url\(#)([^")]+)', lambda m: f"{m[1]}@{numbers[m[2]]}", text)
+    prefix = f"c{zlib.crc32((alt + text).encode()):08x}-"
+    text = text.replace(' id="@', f' id="{prefix}').replace("#@", f"#{prefix}")
     text = re.sub(r"\s*\n\s*", " ", text)
+    often = [style for style, count in Counter(re.findall(r' style="[^"]*"', text)).items() if count > _OFTEN]
+    rules = ""
+    for number, style in enumerate(often):  # every point of a cloud has its own copy of the same style
+        text = text.replace(style, f' class="{prefix}s{number}"')
+        rules += f".{prefix}s{number}{{{style[8:-1]}}}"
+    if rules:
+        text = text.replace("<defs>", f"<style>{rules}</style><defs>", 1)
     label = escape(alt, quote=True)
     head, _, rest = text.partition(">")
     head = re.sub(r'\s(width|height|version)="[^"]*"', "", head)

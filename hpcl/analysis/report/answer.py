@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from hpcl.analysis.compare import probe_images
 from hpcl.results import SearchResults
 from hpcl.results.load import PROBE
 from hpcl.search.evidence import Evidence
@@ -37,7 +38,9 @@ def answer(search: SearchResults) -> Answer:
     """The first screen's sentences for a search."""
     best = search.best
     if best is None:
-        why = "no trial finished its schedule" if not (search.trials["state"] == "finished").any() else "none has a value"
+        why = (
+            "no trial finished its schedule" if not (search.trials["state"] == "finished").any() else "none has a value"
+        )
         return Answer(f"No best configuration: {why}", "", "", _cost(search), "")
     headline = f"Trial {best['trial_id']}: {search.chosen_by} {best['objective']:.4f}"
     if not search.retrain.empty:
@@ -84,12 +87,15 @@ def _sure(search: SearchResults) -> str:
     """How far one run each can be trusted."""
     best, base, n = search.best, search.base_trial, len(search.finished)
     assert best is not None
-    then = f"hpcl retrain results/{search.about.name} trains the best and the base with several seeds."
+    then = "`hpcl retrain` trains the best and the base with several seeds."
     if search.about.kind == "tune":
         then = "Train the best ones again with several seeds."
     lucky = f" The best of {n} is also the luckiest of {n}: expect it lower the next time." if n > 2 else ""
-    if search.chosen_by == PROBE and search.about.val_images and base is not None and base["state"] == "finished":
-        p, q, images = float(best["objective"]), float(base["objective"]), search.about.val_images
+    images = None
+    if search.chosen_by == PROBE:
+        images = search.about.val_images or probe_images(search.finished["objective"].tolist())
+    if images and base is not None and base["state"] == "finished":
+        p, q = float(best["objective"]), float(base["objective"])
         error = math.sqrt((p * (1 - p) + q * (1 - q)) / images)
         times = abs(p - q) / error if error > 0 else math.inf
         told = "more than chance would give" if times > 2 else "which chance alone can give"

@@ -1,11 +1,12 @@
 """``hpcl report``: one self-contained HTML file with a search's answer first, and what it rests on below.
 
-The page fetches nothing: styles, the script of the table, charts (SVG) and pictures (data URIs) are in the file, and its
-content policy allows nothing else. Sections are made by `sections`, sentences of the first screen by `answer`.
+The page fetches nothing: styles, the script of the table, charts (SVG) and pictures (data URIs) are in the file, and
+its content policy allows nothing else. Sections are made by `sections`, sentences of the first screen by `answer`.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from hpcl.analysis.report.table import Table, table
 from hpcl.errors import UserError, harmless
 from hpcl.files import write_text
 from hpcl.results import SearchResults
-from hpcl.results.fields import shown
 from hpcl.results.load import load_searches
+from hpcl.search.places import shown
 
 MOST_BYTES = 2_000_000
 """Size of a page with one search, at most."""
@@ -36,8 +37,6 @@ class Part:
     answer: Answer
     robust: str
     verdict: str
-    values: list[tuple[str, str, str]]
-    """(path, the best trial's value, the base's where it differs)."""
     next: list[str]
     notes: list[str]
     sections: list[Section]
@@ -64,7 +63,11 @@ def render(searches: Sequence[SearchResults], *, galleries: bool = True) -> str:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     from hpcl.analysis.report.gallery import CSS as GALLERY_CSS
 
@@ -82,15 +85,13 @@ def render(searches: Sequence[SearchResults], *, galleries: bool = True) -> str:
 
 def _part(search: SearchResults, galleries: bool) -> Part:
     told, made = of_search(search, galleries=galleries)
-    where = f"results/{search.about.name}" if search.about.kind == "hpcl" else str(search.folder)
     return Part(
         name=harmless(search.about.name),
         about=harmless(_about(search)),
         answer=answer(search),
         robust=told.robust,
         verdict=told.verdict,
-        values=_values(search),
-        next=_next(search, where),
+        next=_next(search),
         notes=[harmless(note) for note in search.about.notes],
         sections=made,
         table=table(search),
@@ -111,24 +112,8 @@ def _about(search: SearchResults) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _values(search: SearchResults) -> list[tuple[str, str, str]]:
-    best = search.best
-    if best is None:
-        return []
-    values = search.values(str(best["trial_id"]))
-    rows = []
-    for path, value in values.items():
-        base = search.fields[path].base
-        said, told = _short(value), "" if base is None else _short(base)
-        rows.append((harmless(path), harmless(said), harmless(told) if told != said else ""))
-    return rows
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else shown(value)
-
-
-def _next(search: SearchResults, where: str) -> list[str]:
+def _next(search: SearchResults) -> list[str]:
+    where = harmless(shlex.quote(shown(search.folder)))
     if search.about.kind == "tune":
         return [f"hpcl report {where} --metric NAME"]
     if search.best is None:

@@ -18,6 +18,7 @@ from hpcl.analysis.charts.look import listed, svg
 from hpcl.analysis.report.answer import evidence_of
 from hpcl.errors import UserError, harmless
 from hpcl.results import Field, SearchResults
+from hpcl.results.fields import shown
 from hpcl.search.importance import LEAST, METHODS, Importance, importance
 
 SLICES = 9
@@ -54,6 +55,8 @@ class Section:
     table: Grid | None = None
     html: str = ""
     """HTML that is taken as it is: its maker has escaped what it holds."""
+    folded: bool = False
+    """Whether it opens only when it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def of_search(search: SearchResults, *, galleries: bool = True) -> tuple[Told, l
     matter = [found for method in METHODS if (found := importance(search, method)) is not None]
     fields = _by_importance(search, matter)
     made = [
+        _values(search),
         _seeds(search),
         _progress(search),
         _curves(search),
@@ -90,7 +94,7 @@ def of_search(search: SearchResults, *, galleries: bool = True) -> tuple[Told, l
         _failures(search),
         _record(search),
     ]
-    return Told(_robust(search), audited.sentence), [section for section in made if section is not None]
+    return Told(_robust(search), audited.verdict.sentence), [section for section in made if section is not None]
 
 
 def comparison(searches: Sequence[SearchResults]) -> Comparison:
@@ -100,8 +104,10 @@ def comparison(searches: Sequence[SearchResults]) -> Comparison:
     found = compare(searches)
     names = listed([search.about.name for search in searches])
     alt = f"Best so far over the hours spent, for {names}"
-    figure = _draw(compare_charts.best_so_far(searches), alt)
-    return Comparison(f"<figure>{figure.svg}</figure>", harmless("\n".join(found.lines())))
+    over = _draw(compare_charts.best_over_hours(found), alt)
+    alt = f"Where the winners of {names} lie in the ranges"
+    places = _draw(compare_charts.winning_places(found), alt)
+    return Comparison(f"<figure>{over.svg}</figure><figure>{places.svg}</figure>", harmless("\n".join(found.lines())))
 
 
 def _draw(figure: Figure, alt: str, *, small: bool = False) -> Drawing:
@@ -127,6 +133,27 @@ def _robust(search: SearchResults) -> str:
     return harmless(f"{who}: {found.evidence()}")
 
 
+def _values(search: SearchResults) -> Section | None:
+    """The best trial's configuration as far as it was searched, the values that differ from the base's first."""
+    best = search.best
+    if best is None:
+        return None
+    rows = []
+    for path, value in search.values(str(best["trial_id"])).items():
+        f = search.fields[path]
+        base = "" if f.base is None else _told(f.base)
+        ends = ", ".join(map(_told, f.choices)) if f.kind == "choice" else f"{f.low:g} to {f.high:g}"
+        scale = " (log)" if f.log else " (as far as seen)" if f.guessed else ""
+        rows.append((path, _told(value), base, ends + scale))
+    rows.sort(key=lambda row: row[1] == row[2])
+    differ = sum(row[1] != row[2] for row in rows)
+    known = search.about.kind == "hpcl"
+    text = f"{differ} of the {len(rows)} searched values that acted differ from the base's." if known else ""
+    cells = [[harmless(cell) for cell in row] for row in rows]
+    columns = ("field", f"trial {best['trial_id']}", "base", "searched")
+    return Section("best", "The best configuration", [text] * known, table=Grid(columns, cells))
+
+
 def _seeds(search: SearchResults) -> Section | None:
     if search.retrain.empty:
         return None
@@ -146,8 +173,7 @@ def _seeds(search: SearchResults) -> Section | None:
 
 def _progress(search: SearchResults) -> Section:
     alt = f"Best {search.chosen_by} so far over the {search.cost_unit} spent by {search.about.name}"
-    figure = compare_charts.best_so_far([search])
-    return Section("progress", "What did the hours buy?", figures=[_draw(figure, alt)])
+    return Section("progress", "What did the hours buy?", figures=[_draw(curve_charts.progress(search), alt)])
 
 
 def _curves(search: SearchResults) -> Section | None:
@@ -164,8 +190,8 @@ def _curves(search: SearchResults) -> Section | None:
         texts.append(f"Stopped early: {spots}{more}.")
     if "acc_proto" in names:
         texts.append(
-            "acc_proto depends on the number of clusters, so trials are not to be compared by its height; acc_proto_ref "
-            "is the same measure for all."
+            "acc_proto depends on the number of clusters, so its height does not compare trials; acc_proto_ref is the "
+            "same measure for all."
         )
     alt = f"Curves of {' and '.join(names)} of {len(search.trials)} trials with stages and rungs"
     return Section("curves", "Who was stopped where?", texts, [_draw(curve_charts.curves(search, names), alt)])
@@ -181,21 +207,18 @@ def _clusters(search: SearchResults) -> Section | None:
     if not ids:
         return None
     grew = search.epochs[search.epochs["trial_id"].isin(ids) & search.epochs["grew"].fillna(False).astype(bool)]
-    texts = [
-        f"Trial {trial} grew " + _growths(grew[grew["trial_id"] == trial]) + "." for trial in ids
-    ]
+    texts = [f"Trial {trial} grew " + _growths(grew[grew["trial_id"] == trial]) + "." for trial in ids]
     alt = f"Number, sizes and churn of the clusters of trials {', '.join(ids)} by epoch"
-    return Section(
-        "clusters", "How did the clusters grow?", texts, [_draw(curve_charts.clusters(search, ids), alt)]
-    )
+    return Section("clusters", "How did the clusters grow?", texts, [_draw(curve_charts.clusters(search, ids), alt)])
 
 
 def _growths(rows: Any) -> str:
     if rows.empty:
         return "not at all"
     first = rows.iloc[0]
-    reason = f" (first: {first['growth_reason']})" if isinstance(first["growth_reason"], str) else ""
-    return f"{len(rows)} times, after epochs {', '.join(str(int(epoch)) for epoch in rows['epoch'])}{harmless(reason)}"
+    reason = f" (the first by rule {first['growth_reason']})" if isinstance(first["growth_reason"], str) else ""
+    often = "once, after epoch" if len(rows) == 1 else f"{len(rows)} times, after epochs"
+    return f"{often} {', '.join(str(int(epoch)) for epoch in rows['epoch'])}{harmless(reason)}"
 
 
 def _importance(search: SearchResults, matter: Sequence[Importance]) -> Section:
@@ -205,8 +228,8 @@ def _importance(search: SearchResults, matter: Sequence[Importance]) -> Section:
         return Section("importance", title, [f"It cannot be told: {why}."])
     texts = [f"{found.sentence()}." for found in matter]
     texts.append(
-        f"The noise floor is what the most important field reaches in 95 of 100 deals in which the objectives are handed "
-        f"out at random ({', '.join(f'{found.deals} deals for {found.method}' for found in matter)})."
+        f"The noise floor is what the most important field stays below in 95 of 100 deals in which the objectives are "
+        f"handed out at random ({', '.join(f'{found.deals} deals for {found.method}' for found in matter)})."
     )
     alt = "Importance of each field by " + " and ".join(found.method for found in matter) + " with the noise floor"
     return Section("importance", title, texts, [_draw(field_charts.importances(matter), alt)])
@@ -224,7 +247,9 @@ def _slices(search: SearchResults, fields: Sequence[Field]) -> Section | None:
             pair = fields[first], fields[second]
             alt = f"Mean {search.chosen_by} over {pair[0].path} and {pair[1].path}, with the trials in each tile"
             figures.append(_draw(field_charts.pair(search, *pair), alt, small=True))
-    text = f"Each point is a finished trial; diamonds are the best and the base.{more} A tile with few trials says little."
+    text = (
+        f"Each point is a finished trial; diamonds are the best and the base.{more} A tile with few trials says little."
+    )
     return Section("slices", "Where are the good values?", [text], figures)
 
 
@@ -237,7 +262,48 @@ def _parallel(search: SearchResults, fields: Sequence[Field]) -> Section | None:
 
 
 def _audit(search: SearchResults, audited: Audit) -> Section:
-    raise NotImplementedError
+    texts = [audited.verdict.sentence, *(f"{note[:1].upper()}{note[1:]}." for note in audited.notes)]
+    figures, grid = [], None
+    if len(audited.table):
+        alt = f"Rank correlation of each curve with {audited.chosen_by} at each rung, with 95 % intervals"
+        figures.append(_draw(audit_charts.rank_by_rung(audited), alt))
+        grid = _audit_grid(audited)
+    if len(audited.kept):
+        alt = "Trials of the best quarter that stopping by each curve would have lost, against the epochs it would cost"
+        figures.append(_draw(audit_charts.lost_for_spent(audited), alt))
+    return Section("audit", "Which curve tells early what comes of a trial?", texts, figures, grid)
+
+
+def _audit_grid(audited: Audit) -> Grid:
+    """The audit's numbers at the last rung before the end, and what stopping by each curve would have kept."""
+    kept = {row["metric"]: row for row in audited.kept.to_dict("records")}
+    before_end = audited.table[~audited.table["last"].astype(bool)]
+    rungs = before_end["rung"].unique()
+    rows = []
+    for row in before_end.to_dict("records"):
+        if row["rung"] != rungs[len(rungs) // 2]:
+            continue
+        of = kept.get(row["metric"], {})
+        lost = f"{of['lost_of_best_quarter']} of {of['quarter']}" if of else ""
+        share = of.get("epochs_share")
+        rows.append(
+            (
+                row["metric"], int(row["n"]), f"{_two(row['rho_all'])} ({_two(row['low'])} to {_two(row['high'])})",
+                _two(row["rho_half"]), _two(row["partial"]), _two(row["knn"]), _two(row["clusters"]),
+                "" if row["field"] is None else f"{row['field']} {_two(row['field_rho'])}", lost,
+                "" if share is None or share != share else f"{share:.0%}",
+            )
+        )  # fmt: skip
+    at = f"{rungs[len(rungs) // 2]:g}" if len(rungs) else ""
+    columns = (
+        "curve", "n", f"rank correlation at epoch {at} (95 %)", "better half", "given the fields", "with knn",
+        "with clusters", "strongest field", "lost of the best quarter", "epochs spent",
+    )  # fmt: skip
+    return Grid(columns, rows)
+
+
+def _two(value: float) -> str:
+    return "-" if value is None or value != value else f"{value:.2f}"
 
 
 def _gallery(search: SearchResults) -> Section | None:
@@ -270,7 +336,10 @@ def _failures(search: SearchResults) -> Section | None:
         counts = ", ".join(f"{n} {state}" for state, n in bad["state"].value_counts().items())
         texts.append(f"{counts} of {len(search.trials):,} trials. The whole error is in trials/<id>/error.txt.")
     if len(retried):
-        texts.append(f"{len(retried)} trials were tried again after their process was lost, {int(retried['retries'].sum())} times.")
+        texts.append(
+            f"{len(retried)} trials were tried again, {int(retried['retries'].sum())} times in all: their process was "
+            "lost or raised an error."
+        )
     if bad.empty:
         return Section("failures", "What failed?", texts)
     reasons = bad.groupby(["state", bad["stop_reason"].fillna("")], sort=False)["trial_id"].agg(list)
@@ -295,10 +364,12 @@ def _record(search: SearchResults) -> Section | None:
         if isinstance(part, dict):
             rows += [(f"{name}: {key}", _told(value)) for key, value in part.items()]
     cells = [(harmless(name), harmless(text)) for name, text in rows]
-    return Section("record", "What it ran on", table=Grid(("", ""), cells))
+    return Section("record", "What it ran on", table=Grid(("fact", "value"), cells), folded=True)
 
 
 def _told(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return shown(value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {_told(each)}" for key, each in value.items())
     if isinstance(value, list):

@@ -78,9 +78,9 @@ def _cell(value: Any) -> Any:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.5g}")
+        return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.4g}")
     return value if isinstance(value, int) else shown(value)
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

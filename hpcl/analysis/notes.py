@@ -1,0 +1,49 @@
+"""How a configuration differs from the research notes', whose values are the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hpcl.config import STAGES, Config, Stages
+from hpcl.stages import stage_lengths
+from hpcl.validation import field_paths, show
+
+_LENGTHS = {"stages.total", *(f"stages.stage{stage}.epochs" for stage in STAGES)}
+
+SEARCHED = "against the research notes' configuration"
+BASE = "also different, by the base of the search"
+
+
+def differences_from_notes(config: Config, searched: Iterable[str] = ()) -> dict[str, list[str]]:
+    """Title -> a line per field that differs from the notes: those that were searched, then those of the base.
+
+    The lengths of the stages stand in one line, as they are scaled to the total.
+
+    Args:
+        config: complete.
+        searched: paths of fields that a search chose.
+    """
+    notes, searched = Config(), set(searched)
+    rows: dict[str, list[tuple[str, str, str]]] = {SEARCHED: [], BASE: []}
+    own, theirs = stage_lengths(config.stages), stage_lengths(notes.stages)
+    if own != theirs:
+        same = ", in the same proportion" if stage_lengths(Stages(total=sum(own))) == own else ""
+        title = SEARCHED if searched & _LENGTHS else BASE
+        rows[title].append(("stages", f"{_lengths(own)} epochs", f"(notes: {_lengths(theirs)}{same})"))
+    for path in field_paths(Config):
+        value, of = config.at(path), notes.at(path)
+        if path not in _LENGTHS and value != of:
+            rows[SEARCHED if path in searched else BASE].append((path, show(value), f"(notes: {show(of)})"))
+    if not any(rows.values()):
+        return {SEARCHED: ["it is the notes' configuration"]}
+    lines = {title: _columns(found) for title, found in rows.items() if found}
+    return {SEARCHED: ["what was searched has the notes' values"], **lines} if searched else lines
+
+
+def _columns(rows: list[tuple[str, str, str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return [f"{path:<{widths[0]}}  {value:<{widths[1]}}  {of}" for path, value, of in rows]
+
+
+def _lengths(lengths: tuple[int, ...]) -> str:
+    return f"{'/'.join(str(n) for n in lengths)} = {sum(lengths)}"

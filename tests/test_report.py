@@ -1,0 +1,208 @@
+"""The report's page: what it says first, what it rests on, and that nothing in it can do harm."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from recorded import write_search
+
+from hpcl.analysis.report.answer import answer
+from hpcl.analysis.report.page import main, render
+from hpcl.analysis.report.table import STATIC_ROWS, table
+from hpcl.errors import UserError
+from hpcl.results import SearchResults, load_search, retrain_schema, write_table
+
+
+def a_search(folder: Path, trials: int = 24, seed: int = 0, **more: Any) -> SearchResults:
+    """A search of so many trials in which a low temperature is good and the curves tell it."""
+    draw = np.random.default_rng(seed)
+    fields = {"moco.temperature": draw.uniform(0.05, 0.5, trials), "clusters.first": draw.integers(2, 33, trials),
+              "topk.mode": draw.choice(["add", "none"], trials)}  # fmt: skip
+    objective = 0.9 - fields["moco.temperature"] + 0.01 * draw.standard_normal(trials)
+    rise = 1 - np.exp(-np.arange(1, 13) / 4)
+    curve = np.clip(objective[:, None] * rise + 0.01 * draw.standard_normal((trials, 12)), 0.01, 0.99)
+    curves = {"acc_proto_ref": curve, "acc_proto": 1 - curve, "nce_ref": 4 - 3 * curve, "acc_inst": curve**2,
+              "knn": curve, "clusters": np.full((trials, 12), 8.0), "stage": np.full((trials, 12), 3.0)}  # fmt: skip
+    return write_search(folder, curves, objective, fields, **more)
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> SearchResults:
+    """A search with trials that finished, were stopped and diverged."""
+    return a_search(tmp_path_factory.mktemp("report") / "s", rungs=[4.0], stopped={3: 4, 5: 4}, diverged={7: 2})
+
+
+@pytest.fixture(scope="module")
+def text(search: SearchResults) -> str:
+    """Its page."""
+    return render([search], galleries=False)
+
+
+class _Page(HTMLParser):
+    """Tags that would load something, run something, or that a text smuggled in."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts = self.svgs = 0
+        self.ids: list[str] = []
+        self.outside: list[str] = []
+        self.strange: list[str] = []
+        self.alts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.scripts += tag == "script"
+        if tag == "svg":
+            self.svgs += 1
+            self.alts.append(given.get("aria-label") or "")
+        if given.get("id"):
+            self.ids.append(str(given["id"]))
+        for name in ("src", "href", "action", "data"):
+            value = given.get(name) or ""
+            if value and not value.startswith(("#", "data:")):
+                self.outside.append(value)
+        self.strange += [name for name, _ in attrs if name.startswith("on")]
+        self.strange += [tag] * (tag in ("iframe", "object", "embed", "form", "base", "link"))
+
+
+def test_the_first_screen_answers_before_anything_else(search: SearchResults, text: str) -> None:
+    best = search.best
+    assert best is not None
+    body = text[text.index("<body>") :]
+    first = body[: body.index("<nav")]
+    assert f"Trial {best['trial_id']}: linear probe {best['objective']:.4f}" in first
+    for said in ("the base (trial 0000)", "How sure?", "luckiest", "Cost", "CPU-hours", "Do the curves agree?"):
+        assert said in first, said
+    assert "Which curve to stop on?" in first
+    assert "early stopping saved" in first
+
+
+def test_the_page_loads_nothing_and_holds_every_section(text: str) -> None:
+    page = _Page(text)
+    assert not page.outside and not page.strange and page.scripts == 2  # the data of the table, and its script
+    assert len(page.ids) == len(set(page.ids)), "an id stands twice"
+    for section in (
+        "best",
+        "progress",
+        "curves",
+        "clusters",
+        "importance",
+        "slices",
+        "parallel",
+        "audit",
+        "failures",
+        "trials",
+    ):
+        assert section in page.ids, section
+    assert page.svgs >= 9 and all(page.alts)
+    assert "default-src 'none'" in text and "http:" not in text and "https:" not in text
+    assert len(text) < 2_000_000
+
+
+def test_numbers_in_charts_are_not_cut_off(search: SearchResults, text: str) -> None:
+    least = search.trials["config.moco.temperature"].min()
+    assert f">{least:.3g}<" in text and f"{least:.3g}" in re.sub(
+        r"<[^>]*>", " ", text
+    )  # an end of the axis, 0.05x, with all its digits
+
+
+def test_several_seeds_speak_before_the_one_run(tmp_path: Path) -> None:
+    search = a_search(tmp_path / "s", trials=12)
+    best = str(search.best["trial_id"])
+    rows = [
+        {
+            "trial_id": trial,
+            "seed": seed,
+            "state": "finished",
+            "objective": value + 0.01 * seed,
+            "search_objective": 0.5,
+            "epochs": 12,
+        }
+        for trial, value in ((best, 0.6), ("0000", 0.8))
+        for seed in range(3)
+    ]
+    write_table(tmp_path / "s" / "retrain.parquet", rows, retrain_schema())
+    said = answer(load_search(tmp_path / "s"))
+    assert said.headline.startswith("Trial 0000: linear probe 0.8100 ± 0.0100 (n = 3)") and best in said.headline
+    assert "is more than its standard error" in said.sure
+    assert 'id="seeds"' in render([load_search(tmp_path / "s")], galleries=False)
+
+
+def test_the_images_of_the_probe_say_how_sure_one_run_is(tmp_path: Path) -> None:
+    a_search(tmp_path / "s")
+    path = tmp_path / "s" / "search.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"images": {"val": 450}}))
+    search = load_search(tmp_path / "s")
+    p, q = float(search.best["objective"]), float(search.base_trial["objective"])
+    error = np.sqrt((p * (1 - p) + q * (1 - q)) / 450)
+    assert f"{abs(p - q) / error:.1f} of its standard errors ({error:.4f}" in answer(search).sure
+
+
+def test_a_search_without_a_finished_trial_has_a_page_too(tmp_path: Path) -> None:
+    search = a_search(tmp_path / "s", trials=4, rungs=[4.0], stopped={0: 4, 1: 4, 2: 4, 3: 4})
+    text = render([search], galleries=False)
+    assert "No best configuration: no trial finished its schedule" in text and "It cannot be told" in text
+
+
+def test_all_trials_are_in_the_page_and_the_best_stand_first(tmp_path: Path) -> None:
+    search = a_search(tmp_path / "s", trials=60, rungs=[4.0], stopped=dict.fromkeys(range(10, 30), 4))
+    made = table(search)
+    rows = json.loads(gzip.decompress(base64.b64decode(made.data)))
+    assert (len(rows), made.count, len(made.rows)) == (60, 60, STATIC_ROWS)
+    names = [column["name"] for column in made.columns]
+    assert [row[0] for row in rows[:40]] == search.finished["trial_id"].tolist()
+    values = [row[names.index("objective")] for row in rows]
+    assert values[:40] == sorted(values[:40], reverse=True) and values[40:] == [None] * 20
+    assert made.columns[names.index("objective")]["title"] == "linear probe"
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    folder = tmp_path / "<b>bold"
+    search = a_search(folder, diverged={3: 5})
+    table_path = folder / "trials.parquet"
+    frame = search.trials.copy()
+    frame["stop_reason"] = frame["stop_reason"].where(frame["state"] != "diverged", evil)
+    frame["config.topk.mode"] = frame["config.topk.mode"].replace("add", evil)
+    frame.to_parquet(table_path)
+    space = (folder / "space.yaml").read_text().replace("add", json.dumps(evil))
+    (folder / "space.yaml").write_text(space)
+    facts = json.loads((folder / "search.json").read_text())
+    (folder / "search.json").write_text(json.dumps(facts | {"notes": [evil], "data": evil, "command": evil}))
+    text = render([load_search(folder)], galleries=False)
+    page = _Page(text)
+    assert page.scripts == 2 and not page.outside and not page.strange
+    assert "<b>bold" not in text and "&lt;b&gt;bold" in text
+
+
+def test_several_searches_stand_side_by_side_with_ids_of_their_own(tmp_path: Path) -> None:
+    text = render([a_search(tmp_path / "one", trials=9), a_search(tmp_path / "two", trials=9, seed=1)], galleries=False)
+    page = _Page(text)
+    assert len(page.ids) == len(set(page.ids)) and "compare" in page.ids and not page.outside
+    assert {"s1-trials", "s2-trials"} <= set(page.ids)
+
+
+def test_the_same_tables_give_the_same_page(search: SearchResults, text: str) -> None:
+    one, two = (re.sub(r"Written [^<]*", "", page) for page in (text, render([search], galleries=False)))
+    assert one == two
+
+
+def test_the_command_writes_it_whole_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_search(tmp_path / "s", trials=6)
+    main([tmp_path / "s"], None, galleries=False)
+    assert (tmp_path / "s" / "report.html").read_text().rstrip().endswith("</html>")
+    assert "linear probe" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is a folder, but --out must name the file"):
+        main([tmp_path / "s"], tmp_path, galleries=False)
+    with pytest.raises(UserError) as caught:
+        main([tmp_path / "gone", tmp_path / "away"], tmp_path / "r.html")
+    assert len(caught.value.problems) == 2 and not (tmp_path / "r.html").exists()
