@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from hpcl.files import writing
 from hpcl.results import EPOCH_COLUMNS, epoch_schema, write_table
 
 _CHARTS = {c.name: c for c in EPOCH_COLUMNS if c.type in ("float64", "int64") and c.name not in ("epoch", "arrival")}
+
+
+HPARAMS = ".hparams"
+"""How the name of the file with a run's searched values ends."""
 
 
 class RunLog:
@@ -64,6 +69,30 @@ class RunLog:
         with writing(self._folder):
             self._events.close()
             self._file.close()
+
+
+def write_hparams(folder: Path, values: Mapping[str, Any]) -> Path | None:
+    """Write a run's searched values for TensorBoard's HPARAMS page, beside its events; None where they are there.
+
+    Only the values: which curves are its metrics and what the others' values are, TensorBoard finds for itself, so that
+    runs of different searches stand in one table.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import hparams
+
+    with writing(folder):
+        if any(folder.glob(f"*{HPARAMS}")):
+            return None
+        shown = {path: str(value) if isinstance(value, (list, tuple)) else value for path, value in values.items()}
+        _, start, _ = hparams(shown, {})
+        events = EventsWriter(str(folder / "events"), HPARAMS)
+        events.write_event(Event(wall_time=time.time(), step=0, summary=start))
+        events.close()
+        return Path(events._file_name)
 
 
 def describe_epoch(row: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from ray.train.torch import TorchTrainer
 from hpcl.config import Config
 from hpcl.errors import StorageError, TakenOver, UnreadableCheckpoint, UserError
 from hpcl.files import write_text
+from hpcl.runlog import write_hparams
 from hpcl.search.failures import machine_lost, out_of_memory_advice, repeated
 from hpcl.search.lean import run_group
 from hpcl.search.places import place, told
@@ -120,6 +121,9 @@ def _run(given: dict[str, Any], job: Job) -> None:
 
     try:
         config = make_config(given["values"], job)
+        if given["until"] is None:  # a trial, not a prefix
+            if shown := write_hparams(folder, {path: config.at(path) for path in job.space.params}):
+                push(folder, {shown.name})
         options = {
             "objective": job.space.search.objective if given["until"] is None else None,
             "backbone": job.backbone,
