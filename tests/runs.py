@@ -38,6 +38,25 @@ def run_in_process(target: Any, *arguments: Any) -> int:
     return process.exitcode
 
 
+def hparams(folder: Path) -> dict[str, Any]:
+    """A run's searched values as TensorBoard's HPARAMS page reads them."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    (path,) = folder.glob("events.out.tfevents.*.hparams")
+    content = path.read_bytes()
+    found: dict[str, Any] = {}
+    while content:
+        (length,) = struct.unpack_from("Q", content)
+        for value in Event.FromString(content[12 : 12 + length]).summary.value:
+            assert value.tag == "_hparams_/session_start_info"
+            data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+            for name, each in data.session_start_info.hparams.items():
+                found[name] = getattr(each, str(each.WhichOneof("kind")))
+        content = content[16 + length :]
+    return found
+
+
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
     """(epoch, value) of one chart as TensorBoard shows it: a file's first step takes back what older files have."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog

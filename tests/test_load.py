@@ -162,7 +162,7 @@ def test_all_folders_that_cannot_be_read_are_named_at_once(folder: Path, tmp_pat
 
 def test_another_metric_can_be_asked_for(folder: Path) -> None:
     assert load_search(folder, metric="nce_ref").about.metric == "nce_ref"
-    with pytest.raises(UserError, match="has no curve nonsense; there are: epoch"):
+    with pytest.raises(UserError, match="has no curve nonsense; there are: acc_proto_ref, nce_ref"):
         load_search(folder, metric="nonsense")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from conftest import TINY
+from runs import hparams
 
 import hpcl.search
 from hpcl.config import Config
@@ -83,4 +84,5 @@ def test_the_best_is_a_run_that_can_be_used(found: Found) -> None:
     assert 0.1 < found.best_trial["objective"] <= 1.0
     folder = found.folder / "trials" / found.best_trial["trial_id"]
     assert {"config.yaml", "log.txt", "checkpoint.pt"} <= {file.name for file in folder.iterdir()}
-    assert list(folder.glob("events.out.tfevents.*"))
+    assert list(folder.glob("events.out.tfevents.*.1"))
+    assert hparams(folder) == {"moco.temperature": 0.1}

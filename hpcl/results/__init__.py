@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hpcl.results.columns import (
+    CURVES,
     EPOCH_COLUMNS,
     LOWER_IS_BETTER,
     RETRAIN_COLUMNS,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from hpcl.results.load import SearchResults, load_search
 
 __all__ = [
-    "EPOCH_COLUMNS", "LOWER_IS_BETTER", "RETRAIN_COLUMNS", "TIME_COLUMNS", "TRIAL_COLUMNS",
+    "CURVES", "EPOCH_COLUMNS", "LOWER_IS_BETTER", "RETRAIN_COLUMNS", "TIME_COLUMNS", "TRIAL_COLUMNS",
     "Column", "Field", "SearchResults", "State",
     "clean", "epoch_schema", "load_search", "read_rows", "retrain_schema", "trial_schema", "write_table",
 ]  # fmt: skip

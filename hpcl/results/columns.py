@@ -104,6 +104,17 @@ RETRAIN_COLUMNS: tuple[Column, ...] = (
 TIME_COLUMNS = ("seconds", "seconds_cluster", "seconds_train", "seconds_meters", "images_per_second", "arrival")
 """Epoch columns that differ between two runs of the same seed."""
 
+NO_CURVES = frozenset(
+    {"epoch", "stage", "clock", "clusters", "theta", "objective", "size_min", "size_max", "lr", "world_size", "arrival"}
+    | {column.name for column in EPOCH_COLUMNS if column.name.startswith(("seconds", "images"))}
+)
+"""Numeric columns of ``epochs.parquet`` that say nothing of how well a trial learns."""
+
+CURVES: tuple[str, ...] = tuple(
+    column.name for column in EPOCH_COLUMNS if column.type in ("float64", "int64") and column.name not in NO_CURVES
+)
+"""Columns of ``epochs.parquet`` that can stop trials (`search.metric`) or choose among them (`search.objective`)."""
+
 LOWER_IS_BETTER = frozenset({"nce_ref", "loss", "loss_inst", "loss_proto"})
 """Curves where a smaller value is the better one."""
 

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpcl.errors import ConfigError, UserError
 from hpcl.files import read_object
-from hpcl.results.columns import EPOCH_COLUMNS, LOWER_IS_BETTER, RETRAIN_COLUMNS, TRIAL_COLUMNS, Column, arrow_type
+from hpcl.results.columns import (
+    EPOCH_COLUMNS,
+    LOWER_IS_BETTER,
+    NO_CURVES,
+    RETRAIN_COLUMNS,
+    TRIAL_COLUMNS,
+    Column,
+    arrow_type,
+)
 from hpcl.results.fields import PREFIX, Field, from_space, from_table
 from hpcl.yamlio import load_tree
 
@@ -261,8 +269,9 @@ def load_search(path: str | os.PathLike[str], *, metric: str | None = None, mode
     search = _own(folder)
     if metric is None and mode is None:
         return search
-    if metric is not None and metric not in search.numeric:
-        raise UserError(f"{folder}: has no curve {metric}; there are: {', '.join(search.numeric)}")
+    known = [name for name in search.measured(search.numeric) if name not in NO_CURVES]
+    if metric is not None and metric not in known:
+        raise UserError(f"{folder}: has no curve {metric}; there are: {', '.join(known) or 'none'}")
     about = replace(search.about, metric=metric or search.about.metric, mode=mode)
     return replace(search, about=about)
 

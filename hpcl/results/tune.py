@@ -19,7 +19,7 @@ from typing import Any
 
 from hpcl.errors import UserError
 from hpcl.files import read_object, read_some
-from hpcl.results.columns import EPOCH_COLUMNS, RETRAIN_COLUMNS, TRIAL_COLUMNS, clean
+from hpcl.results.columns import EPOCH_COLUMNS, NO_CURVES, RETRAIN_COLUMNS, TRIAL_COLUMNS, clean
 from hpcl.results.fields import PREFIX, from_table, shown
 from hpcl.results.load import About, Mode, SearchResults, sign_of, to_frame
 
@@ -71,7 +71,7 @@ def load_tune(folder: Path, metric: str | None = None, mode: Mode | None = None)
             columns |= dict.fromkeys(row)
     if not epochs:
         raise UserError(f"{folder}: its {len(found)} trials have reported nothing yet; look again later")
-    curves = [name for name in columns if name not in _KNOWN_OTHERS and _is_curve(name, epochs)]
+    curves = [name for name in columns if name not in NO_CURVES and _is_curve(name, epochs)]
     metric = metric or next((name for name in _LIKELY if name in curves), None)
     if metric is None or metric not in curves:
         some = ", ".join(curves[:_SHOWN]) + (f" and {len(curves) - _SHOWN} more" if len(curves) > _SHOWN else "")
@@ -85,9 +85,6 @@ def load_tune(folder: Path, metric: str | None = None, mode: Mode | None = None)
     about = About(folder.resolve().name, "tune", metric=metric, mode=mode, objective=metric, notes=tuple(notes))
     by_epoch = to_frame(_table(epochs), EPOCH_COLUMNS)
     return SearchResults(folder, about, from_table(frame), frame, by_epoch, to_frame(_table([]), RETRAIN_COLUMNS))
-
-
-_KNOWN_OTHERS = {"epoch", "stage", "state", "shared", "clock", "seconds", "tune_id", "world_size", "arrival", "lr"}
 
 
 def _reports(trial: Path) -> bool:

@@ -88,6 +88,9 @@ def importance(search: SearchResults, method: Method = "PED-ANOVA", *, seed: int
     fields = [f for f in search.fields.values() if f.column in trials and trials[f.column].nunique(dropna=True) > 1]
     if len(trials) < LEAST or not fields or np.ptp(values) == 0:
         return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook tqdm, which Optuna imports, misses its widgets
+        import optuna  # noqa: F401
     points = _Points(trials, fields)
     own = points.evaluate(method, values, seed)
     total = float(own.sum()) or 1.0

@@ -11,18 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hpcl.config import Count, Positive, Section
-from hpcl.results import EPOCH_COLUMNS, LOWER_IS_BETTER
+from hpcl.results import CURVES, LOWER_IS_BETTER
 from hpcl.yamlio import did_you_mean
-
-_NO_CURVES = {"epoch", "stage", "clusters", "theta", "objective", "size_min", "size_max", "lr", "world_size", "arrival"}
-CURVES: tuple[str, ...] = tuple(
-    column.name
-    for column in EPOCH_COLUMNS
-    if column.type in ("float64", "int64")
-    and column.name not in _NO_CURVES
-    and not column.name.startswith(("seconds", "images"))
-)
-"""Columns of `epochs.parquet` that can stop trials (`metric`) or choose among them (`objective`)."""
 
 PROTOTYPE_CURVES = frozenset({"acc_proto", "loss_proto", "proto_bits_own", "size_entropy", "churn_ami"})
 """Curves without a value before stage 2."""

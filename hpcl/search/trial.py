@@ -121,9 +121,9 @@ def _run(given: dict[str, Any], job: Job) -> None:
 
     try:
         config = make_config(given["values"], job)
-        if given["until"] is None:  # a trial, not a prefix
-            if shown := write_hparams(folder, {path: config.at(path) for path in job.space.params}):
-                push(folder, {shown.name})
+        values = {path: config.at(path) for path in job.space.params}
+        if given["until"] is None and (shown := write_hparams(folder, values)):  # a trial, not a prefix
+            push(folder, {shown.name})
         options = {
             "objective": job.space.search.objective if given["until"] is None else None,
             "backbone": job.backbone,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,9 +40,13 @@ def curves(search: SearchResults, metrics: list[str]) -> Figure:
         stages(ax, search)
         rungs(ax, search)
         for row in drawn:
-            _trial(ax, search, row, clock[row], values[row])
+            _trial(ax, search, row, clock[row], values[row], steps=metric == "clusters")
         some = "" if len(drawn) == len(search.trials) else f" ({len(drawn)} drawn)"
-        ax.set(title=f"{metric}: who was stopped where?  n = {len(search.trials)}{some}")
+        asked = "how did they grow?" if metric == "clusters" else "who was stopped where?"
+        ax.set(title=f"{metric}: {asked}  n = {len(search.trials)}{some}")
+        if metric == "clusters":
+            ax.set_yscale("log", base=2)
+            ax.yaxis.set_major_formatter("{x:g}")
         ax.set_ylabel(f"{metric} [{_UNITS[metric]}]" if _UNITS.get(metric) else metric)
         whole_numbers(ax)
     axes[-1, 0].set_xlabel(time_label(search))
@@ -126,13 +130,16 @@ def time_label(search: SearchResults) -> str:
     return "epoch of the base's schedule" + stages if search.about.kind == "hpcl" else "epoch"
 
 
-def _trial(ax: Axes, search: SearchResults, row: int, clock: NDArray[np.float64], values: NDArray[np.float64]) -> None:
+def _trial(
+    ax: Axes, search: SearchResults, row: int, clock: NDArray[np.float64], values: NDArray[np.float64], *, steps: bool
+) -> None:
     there = np.isfinite(values) & np.isfinite(clock)
     if not there.any():
         return
     made, role = colour(search, row), colour(search, row) in (COLOURS["best"], COLOURS["base"])
     x, y = clock[there], values[there]
-    ax.plot(x, y, color=made, lw=2.2 if role else 0.9, alpha=1.0 if role else 0.75, zorder=4 if role else 2)
+    look: dict[str, Any] = {"lw": 2.2, "zorder": 4} if role else {"lw": 0.9, "alpha": 0.75, "zorder": 2}
+    ax.plot(x, y, color=made, drawstyle="steps-mid" if steps else "default", **look)
     if search.trials["state"].iloc[row] != "finished":
         ax.plot(x[-1], y[-1], marker="x", color=made, ms=4.5, zorder=3)
     if role and "grew" in search.epochs:
