@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--data", metavar="SOURCE", help="labelled images; default: the embedded digits")
     parser.add_argument("--subset", type=float, default=1.0, help="part of the training images (with --data)")
     parser.add_argument("--epochs", type=int, default=20, help="epochs of a trial (with --data)")
-    parser.add_argument("--trials", type=int, default=36, help="random configurations (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=40, help="random configurations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the draw")
     parser.add_argument("--name", default="curves", help="name of the results folder")
     parser.add_argument("--results", default="results", help="folder of all results")
