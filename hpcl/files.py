@@ -84,6 +84,33 @@ def _link(path: Path) -> UserError:
     )
 
 
+def may_write(out: Path, begins: str, command: str, instead: str, force: bool = False) -> None:
+    """See that a file can be written: there is none, or one whose first 200 bytes hold these words.
+
+    Args:
+        out: the file.
+        begins: what stands at the beginning of each file that the command writes.
+        command: that writes it.
+        instead: what the user can do where something else is there.
+        force: overwrite whatever file is there.
+
+    Raises:
+        UserError: it was not written by the command, is a folder, or its folder is not there.
+    """
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: there is no folder {out.parent}; make it, or name another file")
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder, but must be a file to write")
+    if force or not out.exists():
+        return
+    try:
+        ours = begins.encode() in read_some(out, 200)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be read ({error.strerror}); name another file") from error
+    if not ours:
+        raise UserError(f"{out}: is there already, and not written by `{command}`; {instead}")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Tell the user where the disk is full or the folder cannot be written, instead of an OSError.

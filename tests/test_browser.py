@@ -101,6 +101,12 @@ def test_the_table_sorts_filters_and_shows_more(browser: Any, report: Path) -> N
         assert values == sorted(values, reverse=True)  # a filter keeps the order
         table.get_by_role("searchbox").fill("epochs<4")
         assert column("trial") == ["0007"] and "1 of 300 trials" in table.inner_text()
+        for asked in ("moco.temperature > 0.3 state = finished", "linear probe>0.6 Topk.Mode:ADD"):
+            table.get_by_role("searchbox").fill(asked)
+            assert 0 < len(column("trial")) < 60 and set(column("state")) == {"finished"}, asked
+        one = column("moco.temperature")[0]
+        table.get_by_role("searchbox").fill(f"moco.temperature={float(one):.9f}")
+        assert column("moco.temperature") == [one]  # equal as a number
         table.get_by_role("searchbox").fill("")
         table.get_by_role("button", name="show").click()
         assert len(column("trial")) == 300

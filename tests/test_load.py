@@ -18,7 +18,8 @@ from recorded import write_search
 from hpcl.errors import UserError
 from hpcl.results import EPOCH_COLUMNS, RETRAIN_COLUMNS, TRIAL_COLUMNS, load_search, retrain_schema, write_table
 from hpcl.results.fields import Field, from_space, from_table
-from hpcl.results.load import PROBE, load_searches
+from hpcl.results.load import load_searches
+from hpcl.results.search import PROBE
 from hpcl.search.space import load as load_space
 from hpcl.yamlio import dump
 
@@ -149,6 +150,55 @@ def test_a_column_of_another_type_is_said(folder: Path) -> None:
     pq.write_table(wrong, folder / "epochs.parquet")
     with pytest.raises(UserError, match=r"epochs.parquet: cannot be read as a table"):
         load_search(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("metric", ["a"]), ("rungs", 5), ("rungs", ["x", -1, None]), ("notes", 5), ("notes", "abc"), ("seconds", "abc"),
+     ("factor", "abc"), ("factor", -3), ("prefixes", [{"gpu_hours": "x"}, 3]), ("images", {"val": "many"}),
+     ("state", 1), ("data", {"a": 1}), ("objective", True)],
+)  # fmt: skip
+def test_a_fact_of_another_kind_is_left_out_and_said(folder: Path, name: str, value: Any) -> None:
+    path = folder / "search.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    search = load_search(folder)
+    assert search.about.factor is None or search.about.factor > 1
+    assert all(rung > 0 for rung in search.about.rungs) and search.cost > 0
+    assert isinstance(search.about.metric, str) and all(len(note) > 3 for note in search.about.notes)
+    if name not in ("factor", "rungs") or isinstance(value, str):
+        assert any("cannot be used: it is left out" in note for note in search.about.notes)
+
+
+def test_trials_that_cannot_be_told_apart_are_refused(folder: Path) -> None:
+    frame = pd.read_parquet(folder / "trials.parquet")
+    for ids, said in (
+        (["0000", "0000", "0002", "0003"], "the id 0000 twice"),
+        (["0000", None, "0002", "0003"], "no id"),
+    ):
+        frame.assign(trial_id=ids).to_parquet(folder / "trials.parquet")
+        with pytest.raises(UserError, match=f"has a trial with {said}"):
+            load_search(folder)
+
+
+def test_epochs_that_cannot_be_are_left_out_and_said(folder: Path) -> None:
+    frame = pd.read_parquet(folder / "epochs.parquet")
+    strange = frame.iloc[[0, 0, 0, 0, 0]].assign(epoch=[10**9, -50, 0, None, 2], trial_id=["0000"] * 4 + ["gone"])
+    pd.concat([frame, strange, frame.iloc[[1]].assign(acc_proto_ref=0.77)]).to_parquet(folder / "epochs.parquet")
+    search = load_search(folder)
+    assert len(search.epochs) == len(frame) and search.curves("acc_proto_ref").shape == (4, 5)
+    assert search.curves("acc_proto_ref")[0, 1] == 0.77  # the later row of an epoch counts
+    assert [note.split(" ")[0] for note in search.about.notes] == ["1", "4", "1"]
+
+
+def test_values_that_are_no_numbers_are_left_out_and_said(folder: Path) -> None:
+    frame = pd.read_parquet(folder / "trials.parquet")
+    frame["config.clusters.first"] = ["2", "x", "8", "16"]
+    frame["objective"] = [np.inf, 0.7, np.nan, np.nan]
+    frame.to_parquet(folder / "trials.parquet")
+    search = load_search(folder)
+    assert search.trials["config.clusters.first"].tolist()[::2] == [2.0, 8.0]
+    assert search.values("0001") == {"topk.mode": "none"} and search.finished["trial_id"].tolist() == ["0001"]
+    assert "1 values of clusters.first are no numbers" in " / ".join(search.about.notes)
 
 
 def test_all_folders_that_cannot_be_read_are_named_at_once(folder: Path, tmp_path: Path) -> None:

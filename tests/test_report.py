@@ -134,7 +134,56 @@ def test_several_seeds_speak_before_the_one_run(tmp_path: Path) -> None:
     said = answer(load_search(tmp_path / "s"))
     assert said.headline.startswith("Trial 0000: linear probe 0.8100 ± 0.0100 (n = 3)") and best in said.headline
     assert "is more than its standard error" in said.sure
-    assert 'id="seeds"' in render([load_search(tmp_path / "s")], galleries=False)
+
+
+def test_the_page_is_about_the_trial_that_leads_by_its_seeds(tmp_path: Path) -> None:
+    search = a_search(tmp_path / "s", trials=12)
+    first, second, third = search.finished["trial_id"].iloc[:3]
+    rows = [
+        {"trial_id": trial, "seed": seed, "state": state, "objective": value, "search_objective": 0.5, "epochs": 12}
+        for trial, seed, state, value in (
+            (first, 0, "finished", 0.9), (first, 1, "diverged", None), (second, 0, "finished", 0.6),
+            (second, 1, "finished", 0.61), (third, 0, "finished", 0.7), (third, 1, "finished", 0.71),
+        )
+    ]  # fmt: skip
+    write_table(tmp_path / "s" / "retrain.parquet", rows, retrain_schema())
+    search = load_search(tmp_path / "s")
+    said = answer(search)
+    assert said.headline.startswith(f"Trial {third}: ") and f"trial {first} was ahead" in said.headline
+    assert f"Trial {first} is left out, though ahead: seed 1 diverged" in said.sure
+    text = render([search], galleries=False)
+    assert f"<th>trial {third}</th>" in text and f">best ({third})<" in text
+    assert "By the median over seeds" in text
+
+
+def test_what_was_picked_out_of_many_must_lie_further_ahead(tmp_path: Path) -> None:
+    """A difference of 2.2 standard errors is told from chance between two trials, not for the best of 36."""
+    said = {}
+    for trials in (2, 36):
+        objective = np.r_[0.85, np.full(trials - 2, 0.85), 0.90]
+        curves = {"acc_proto_ref": np.tile(objective[:, None], (1, 3))}
+        write_search(tmp_path / str(trials), curves, objective, {"moco.temperature": np.linspace(0.1, 0.2, trials)})
+        path = tmp_path / str(trials) / "search.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"images": {"val": 450}}))
+        said[trials] = answer(load_search(tmp_path / str(trials))).sure
+    assert "2.3 of its standard errors" in said[2] and "more than the luckiest" in said[2]
+    assert "2.3 of its standard errors" in said[36] and "chance alone" in said[36]
+
+
+def test_savings_are_those_of_trials_that_were_stopped(tmp_path: Path) -> None:
+    search = a_search(tmp_path / "s", trials=8, rungs=[6.0], stopped={1: 6, 2: 6}, diverged={3: 1, 4: 1})
+    assert "early stopping saved 17% of the epochs" in answer(search).cost  # 12 of 4 x 12 + 2 x 12
+
+
+def test_long_texts_are_cut_so_that_the_page_stays_small(tmp_path: Path) -> None:
+    search = a_search(tmp_path / "s", trials=16, diverged={3: 5})
+    frame = search.trials.copy()
+    frame["stop_reason"] = "x" * 100_000
+    frame.to_parquet(tmp_path / "s" / "trials.parquet")
+    path = tmp_path / "s" / "search.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"notes": ["y" * 1_000_000]}))
+    text = render([load_search(tmp_path / "s")], galleries=False)
+    assert len(text) < 600_000 and "y" * 300 + "..." in text
 
 
 def test_the_images_of_the_probe_say_how_sure_one_run_is(tmp_path: Path) -> None:
@@ -167,7 +216,7 @@ def test_all_trials_are_in_the_page_and_the_best_stand_first(tmp_path: Path) -> 
 
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
-    folder = tmp_path / "<b>bold"
+    folder = tmp_path / "<b>bold a$\\frac$"  # of which a $ would begin a formula
     search = a_search(folder, diverged={3: 5})
     table_path = folder / "trials.parquet"
     frame = search.trials.copy()
@@ -201,8 +250,13 @@ def test_the_command_writes_it_whole_or_not_at_all(tmp_path: Path, capsys: pytes
     main([tmp_path / "s"], None, galleries=False)
     assert (tmp_path / "s" / "report.html").read_text().rstrip().endswith("</html>")
     assert "linear probe" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is a folder, but --out must name the file"):
+    main([tmp_path / "s"], None, galleries=False)  # its own page is written again
+    with pytest.raises(UserError, match="is a folder, but must be a file"):
         main([tmp_path / "s"], tmp_path, galleries=False)
+    before = (tmp_path / "s" / "trials.parquet").read_bytes()
+    with pytest.raises(UserError, match="is there already, and not written by `hpcl report`"):
+        main([tmp_path / "s"], tmp_path / "s" / "trials.parquet", galleries=False)
+    assert (tmp_path / "s" / "trials.parquet").read_bytes() == before
     with pytest.raises(UserError) as caught:
         main([tmp_path / "gone", tmp_path / "away"], tmp_path / "r.html")
     assert len(caught.value.problems) == 2 and not (tmp_path / "r.html").exists()

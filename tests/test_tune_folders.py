@@ -103,6 +103,25 @@ def test_a_retried_epoch_counts_once(tmp_path: Path) -> None:
     assert load_search(tmp_path / "e").epochs["loss"].tolist() == [9.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    "report",
+    [{"stage": "warmup"}, {"loss": "abc"}, {"objective": "abc"}, {"clusters": 2.5}, {"seconds": "1s"}, {"big": 2**70},
+     {"note": "\ud800"}, {"shared": 3}, {"level_clusters": 4}, {"nested": {"a": {"b": [1, {"c": 2}]}}}, {"x": 1e308}],
+    ids=str,
+)  # fmt: skip
+def test_reports_may_hold_whatever_they_like(tmp_path: Path, report: dict[str, Any]) -> None:
+    for name, value in (("a", 0.1), ("b", 0.2)):
+        _trial(tmp_path / "e", name, {"lr": value, "odd": report}, [{"accuracy": value, **report, "done": True}] * 2)
+    search = load_search(tmp_path / "e", metric="accuracy")
+    assert search.best["trial_id"] == "train_b_x" and len(search.epochs) == 4  # `done` says that they ended
+    assert search.epochs["stage"].isna().all() or "stage" not in report
+
+
+def test_an_epoch_beyond_belief_is_no_report(tmp_path: Path) -> None:
+    _trial(tmp_path / "e", "a", {"lr": 1}, [{"loss": 1.0}, {"loss": 2.0, "epoch": 9_000_000}])
+    assert load_search(tmp_path / "e").epochs["epoch"].tolist() == [1]
+
+
 def test_no_pickle_is_read(experiment: Path, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> Any:

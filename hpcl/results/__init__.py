@@ -1,8 +1,8 @@
 """What a search leaves behind, and how it is read: no torch, ray or optuna here.
 
 `columns` has every column with its unit and meaning, `tables` writes and reads Parquet,
-`load` gives a whole results folder as pandas frames (:func:`load_search`), `tune` the same of
-an experiment folder that Ray Tune left.
+`load` gives a whole results folder (:func:`load_search`), `tune` an experiment folder that Ray Tune left, as a
+`search` of pandas frames (`frames`) with its searched `fields` and what else is known `about` it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from hpcl.results.tables import read_rows, write_table
 
 if TYPE_CHECKING:
     from hpcl.results.fields import Field
-    from hpcl.results.load import SearchResults, load_search
+    from hpcl.results.load import load_search
+    from hpcl.results.search import SearchResults
 
 __all__ = [
     "CURVES", "EPOCH_COLUMNS", "LOWER_IS_BETTER", "RETRAIN_COLUMNS", "TIME_COLUMNS", "TRIAL_COLUMNS",
@@ -35,7 +36,7 @@ __all__ = [
     "clean", "epoch_schema", "load_search", "read_rows", "retrain_schema", "trial_schema", "write_table",
 ]  # fmt: skip
 
-_LOADED = {"Field": "fields", "SearchResults": "load", "load_search": "load"}
+_LOADED = {"Field": "fields", "SearchResults": "search", "load_search": "load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from hpcl.results.about import is_number
+
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
@@ -52,7 +54,7 @@ class Field:
             values: of the field's column.
 
         Returns:
-            float64 (n,), NaN where there is no value.
+            float64 (n,), NaN where there is no value, or one without a place on the scale.
         """
         import numpy as np
         import pandas as pd
@@ -62,9 +64,9 @@ class Field:
             return np.array([codes.get(shown(value), math.nan) for value in values], dtype=np.float64)
         numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=math.nan)
         low, high = self.low, self.high
-        if self.log:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                numbers, low, high = np.log(numbers), math.log(low), math.log(high)
+        if self.log:  # what is not above 0, such as a base's, has no place on the scale
+            numbers = np.log(np.where(numbers > 0, numbers, math.nan))
+            low, high = math.log(low), math.log(high)
         return np.asarray((numbers - low) / (high - low)) if high > low else np.where(np.isnan(numbers), np.nan, 0.5)
 
     def acts(self, trials: pd.DataFrame) -> NDArray[np.bool_]:
@@ -100,6 +102,13 @@ def shown(value: Any) -> str:
     return str(value)
 
 
+def is_missing(value: Any, field: Field) -> bool:
+    """Whether a table holds no value there; null is a value of a choice that has it."""
+    if value is not None and not (isinstance(value, float) and math.isnan(value)):
+        return False
+    return not (field.kind == "choice" and "null" in {shown(choice) for choice in field.choices})
+
+
 def from_space(space: Mapping[str, Any]) -> dict[str, Field]:
     """The fields of a space file's content: a mapping with ``space`` and ``base``; what is malformed is left out."""
     fields = {}
@@ -125,14 +134,11 @@ def _field(path: str, spec: Any, base: Any) -> Field | None:
     kind: Literal["float", "int"] = "int" if "int" in spec else "float"
     ends = spec.get(kind)
     if not (
-        isinstance(ends, (list, tuple))
-        and len(ends) == 2
-        and all(_is_number(end) for end in ends)
-        and ends[0] < ends[1]
+        isinstance(ends, (list, tuple)) and len(ends) == 2 and all(is_number(end) for end in ends) and ends[0] < ends[1]
     ):
         return None
     log = spec.get("log") is True and ends[0] > 0
-    step = float(spec["step"]) if _is_number(spec.get("step")) else None
+    step = float(spec["step"]) if is_number(spec.get("step")) else None
     return Field(path, kind, float(ends[0]), float(ends[1]), log=log, step=step, **more)
 
 
@@ -161,7 +167,3 @@ def _at(tree: Any, path: str) -> Any:
     for part in path.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,15 +13,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hpcl.errors import UserError
 from hpcl.files import read_object, read_some
-from hpcl.results.columns import EPOCH_COLUMNS, NO_CURVES, RETRAIN_COLUMNS, TRIAL_COLUMNS, clean
+from hpcl.results.about import About, Mode, is_number
+from hpcl.results.columns import EPOCH_COLUMNS, NO_CURVES, RETRAIN_COLUMNS, TRIAL_COLUMNS
 from hpcl.results.fields import PREFIX, from_table, shown
-from hpcl.results.load import About, Mode, SearchResults, sign_of, to_frame
+from hpcl.results.frames import LARGEST, MOST_EPOCHS, sound_fields, to_frame
+from hpcl.results.search import SearchResults, sign_of
 
 _MOST = 2**30
 _BOOKKEEPING = frozenset(
@@ -34,6 +36,13 @@ _BOOKKEEPING = frozenset(
 """What Tune itself puts into every report."""
 _LIKELY = ("acc_proto_ref", "acc_proto", "inst_ref", "acc_inst", "nce_ref", "loss")
 _SHOWN = 12
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "int64": lambda value: is_number(value) and float(value).is_integer() and abs(value) < 2**53,
+    "float64": is_number,
+    "string": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+}
+_TYPES = {column.name: _FITS[column.type] for column in EPOCH_COLUMNS}
 
 
 def load_tune(folder: Path, metric: str | None = None, mode: Mode | None = None) -> SearchResults:
@@ -59,18 +68,23 @@ def load_tune(folder: Path, metric: str | None = None, mode: Mode | None = None)
     trials: list[dict[str, Any]] = []
     epochs: list[dict[str, Any]] = []
     columns: dict[str, None] = {}
+    other: dict[str, None] = {}
     for name, each in found.items():
-        rows = [row for row in _rows(each, notes) if row["epoch"] >= 1]
-        tune_id = next((str(row["tune_id"]) for row in rows if row.get("tune_id")), name)
-        config = _config(each, rows)
         if name.startswith("prefix-"):  # what this project's trials share; no trial
             continue
-        trials.append({"trial_id": name, "number": len(trials), "state": ends.get(tune_id, "running"), **config})
+        rows = _rows(each, notes, other)
+        tune_id = next((str(row["_tune_id"]) for row in rows if row["_tune_id"]), name)
+        done = "ended" if rows and rows[-1]["_done"] else "running"
+        trials.append(
+            {"trial_id": name, "number": len(trials), "state": ends.get(tune_id, done), **_config(each, rows)}
+        )
         for row in rows:
-            epochs.append({"trial_id": name, **{k: v for k, v in row.items() if k != "tune_id"}})
-            columns |= dict.fromkeys(row)
+            epochs.append({"trial_id": name, **{k: v for k, v in row.items() if not k.startswith("_")}})
+            columns |= dict.fromkeys(epochs[-1])
     if not epochs:
         raise UserError(f"{folder}: its {len(found)} trials have reported nothing yet; look again later")
+    if other:
+        notes.append(f"{', '.join(other)}: here something else has this name, so it stands as reported.<name>")
     curves = [name for name in columns if name not in NO_CURVES and _is_curve(name, epochs)]
     metric = metric or next((name for name in _LIKELY if name in curves), None)
     if metric is None or metric not in curves:
@@ -78,13 +92,17 @@ def load_tune(folder: Path, metric: str | None = None, mode: Mode | None = None)
         said = f"has no curve {metric}" if metric else "does not say which curve its trials are compared by"
         raise UserError(f"{folder}: {said}; name one of these: {some or 'there are none'}")
     _finish(trials, epochs, metric)
+    if any(trial["state"] == "stopped" for trial in trials):
+        notes.append("a trial that ended after fewer reports than others counts as stopped; it may have been meant so")
     frame = to_frame(_table(trials), TRIAL_COLUMNS)
+    fields = from_table(frame)
+    sound_fields(frame, fields, notes)
     if mode is None and sign_of(metric) > 0 and re.search("loss|err|nll|perplexity", metric, re.IGNORECASE):
         mode = "min"
         notes.append(f"a lower {metric} is taken as better, by its name")
     about = About(folder.resolve().name, "tune", metric=metric, mode=mode, objective=metric, notes=tuple(notes))
     by_epoch = to_frame(_table(epochs), EPOCH_COLUMNS)
-    return SearchResults(folder, about, from_table(frame), frame, by_epoch, to_frame(_table([]), RETRAIN_COLUMNS))
+    return SearchResults(folder, about, fields, frame, by_epoch, to_frame(_table([]), RETRAIN_COLUMNS))
 
 
 def _reports(trial: Path) -> bool:
@@ -107,19 +125,32 @@ def _ends(folder: Path, notes: list[str]) -> dict[str, str]:
     return ends
 
 
-def _rows(trial: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The reports of a trial by epoch; of an epoch that was reported twice (a retry) the later one."""
+def _rows(trial: Path, notes: list[str], other: dict[str, None]) -> list[dict[str, Any]]:
+    """The reports of a trial by epoch; of an epoch that was reported twice (a retry) the later one.
+
+    `other` takes the names that hold something else than this project's columns of these names.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for count, report in enumerate(_read(trial, notes), start=1):
         if "begun" in report and "epoch" not in report:
             continue  # this project's sign of life before the first epoch
         epoch = report.get("epoch", report.get("training_iteration", count))
-        if isinstance(epoch, bool) or not isinstance(epoch, (int, float)) or not 1 <= epoch < 10**7:
+        if not is_number(epoch) or not 1 <= epoch <= MOST_EPOCHS:
             continue
-        row = {name: clean(v) for name, v in _flat(report).items() if name.split(".")[0] not in _BOOKKEEPING}
-        row["seconds"] = row.get("seconds", clean(report.get("time_this_iter_s")))
-        rows[int(epoch)] = {**row, "epoch": int(epoch), "clock": row.get("clock", float(epoch)),
-                            "tune_id": report.get("trial_id"), "config": report.get("config")}  # fmt: skip
+        row: dict[str, Any] = {}
+        for name, value in _flat(report).items():
+            if name.split(".")[0] in _BOOKKEEPING:
+                continue
+            value = None if isinstance(value, float) and not abs(value) < LARGEST else value
+            # What this project means by a name may be something else there: stage: "warmup".
+            fits = value is None or name not in _TYPES or _TYPES[name](value)
+            row[name if fits else f"reported.{name}"] = value
+            other |= {} if fits else {name: None}
+        took: tuple[Any, ...] = (row.get("seconds"), report.get("time_this_iter_s"))
+        row["seconds"] = next((float(each) for each in took if is_number(each) and each >= 0), None)
+        rows[int(epoch)] = {**row, "epoch": int(epoch), "clock": row.get("clock") or float(epoch), "shared": False,
+                            "_tune_id": report.get("trial_id"), "_config": report.get("config"),
+                            "_done": report.get("done") is True}  # fmt: skip
     return [rows[epoch] for epoch in sorted(rows)]
 
 
@@ -154,9 +185,7 @@ def _config(trial: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     try:
         config: Any = read_object(trial / "params.json")
     except (OSError, ValueError):
-        config = next((row["config"] for row in rows if isinstance(row.get("config"), dict)), {})
-    for row in rows:
-        row.pop("config", None)
+        config = next((row["_config"] for row in rows if isinstance(row["_config"], dict)), {})
     if isinstance(config.get("values"), dict) and {"trial", "folder", "home"} <= set(config):
         config = config["values"]  # a job of this project
     return {PREFIX + path: value for path, value in _flat(config).items()}
@@ -213,6 +242,8 @@ def _table(rows: list[dict[str, Any]]) -> Any:
         values = [row.get(name) for row in rows]
         try:
             arrays[name] = pa.array(values)
-        except pa.ArrowException:
-            arrays[name] = pa.array([None if value is None else shown(value) for value in values])
+        except (pa.ArrowException, OverflowError, ValueError, TypeError):
+            texts = [None if value is None else shown(value) for value in values]
+            # A lone surrogate, which JSON can hold, is no text that a table could.
+            arrays[name] = pa.array([text and text.encode("utf-8", "replace").decode() for text in texts])
     return pa.table(arrays)

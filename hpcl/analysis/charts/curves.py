@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hpcl.analysis.charts.look import COLOURS, chart, new_figure, nothing, whole_numbers
+from hpcl.analysis.leading import leading
 from hpcl.analysis.progress import best_so_far, finishes
 from hpcl.results import EPOCH_COLUMNS, SearchResults
 
@@ -78,7 +79,8 @@ def progress(search: SearchResults) -> Figure:
 def chosen(search: SearchResults) -> NDArray[np.int64]:
     """Rows of the trials to draw, those drawn last (on top) at the end: the others, the base, the best."""
     trials = search.trials
-    best = None if search.best is None else search.best["trial_id"]
+    lead = leading(search)
+    best = None if lead is None else lead["trial_id"]
     rank = np.where(trials["trial_id"] == best, 3, np.where(trials["number"] == 0, 2, trials["state"] == "finished"))
     rows = np.argsort(rank, kind="stable")
     if len(rows) > MOST_LINES:
@@ -93,7 +95,8 @@ def chosen(search: SearchResults) -> NDArray[np.int64]:
 def colour(search: SearchResults, row: int) -> str:
     """The colour of a trial: by its role, else by how it ended."""
     trial = search.trials.iloc[row]
-    if search.best is not None and trial["trial_id"] == search.best["trial_id"]:
+    lead = leading(search)
+    if lead is not None and trial["trial_id"] == lead["trial_id"]:
         return COLOURS["best"]
     if trial["number"] == 0 and search.base_trial is not None:
         return COLOURS["base"]
@@ -103,6 +106,8 @@ def colour(search: SearchResults, row: int) -> str:
 def stages(ax: Axes, search: SearchResults, *, named: bool = True) -> None:
     """Bands for the stages, as far as the search's clock shows them."""
     if "stage" not in search.numeric or not bool(search.epochs["stage"].notna().any()):
+        return
+    if search.about.clock == "epoch":  # stages of different lengths: each trial would have bands of its own
         return
     ends = search.epochs.groupby("stage")["clock"].max().sort_index()
     start = 0.0
@@ -126,8 +131,10 @@ def rungs(ax: Axes, search: SearchResults) -> None:
 
 def time_label(search: SearchResults) -> str:
     """What the search's clock counts."""
-    stages = " (numbers above: stages; dotted: rungs)" if search.about.rungs else " (numbers above: stages)"
-    return "epoch of the base's schedule" + stages if search.about.kind == "hpcl" else "epoch"
+    by_stage = search.about.kind == "hpcl" and search.about.clock == "stage"
+    known = [*["numbers above: stages"] * by_stage, *["dotted: rungs"] * bool(search.about.rungs)]
+    clock = "epoch of the base's schedule" if by_stage else "epoch"
+    return f"{clock} ({'; '.join(known)})" if known else clock
 
 
 def _trial(
@@ -151,8 +158,9 @@ def _trial(
 
 def _legend(ax: Axes, search: SearchResults) -> None:
     handles = []
-    if search.best is not None:
-        handles.append(Line2D([], [], color=COLOURS["best"], lw=2.2, label=f"best ({search.best['trial_id']})"))
+    lead = leading(search)
+    if lead is not None:
+        handles.append(Line2D([], [], color=COLOURS["best"], lw=2.2, label=f"best ({lead['trial_id']})"))
     if search.base_trial is not None:
         handles.append(Line2D([], [], color=COLOURS["base"], lw=2.2, label="base"))
     for state, count in search.trials["state"].value_counts().items():
@@ -212,5 +220,5 @@ def _levels(rows: object) -> NDArray[np.float64]:
     grid = np.full((most, len(texts)), np.nan)
     for column, parts in enumerate(texts):
         for level, part in enumerate(parts):
-            grid[level, column] = float(part) if part.isdigit() else np.nan
+            grid[level, column] = float(part) if part.isdecimal() else np.nan
     return grid

@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from hpcl.analysis.charts.look import COLOURS, chart, new_figure, nothing
+from hpcl.analysis.leading import leading
 from hpcl.results import Field, SearchResults
 from hpcl.results.fields import shown
 
@@ -71,7 +72,7 @@ def slices(search: SearchResults, fields: Sequence[Field]) -> Figure:
         if f.kind == "choice":  # side by side instead of one upon the other
             x = x + 0.3 * (np.arange(len(x)) % 5 - 2) / 2 if len(x) else x
         ax.plot(x, y, ls="", marker="o", ms=3.2, color=COLOURS["finished"], alpha=0.7, mec="none")
-        for role, row in (("base", search.base_trial), ("best", search.best)):
+        for role, row in (("base", search.base_trial), ("best", leading(search))):
             if row is not None and row["trial_id"] in set(acted["trial_id"]):
                 at = int(np.flatnonzero((acted["trial_id"] == row["trial_id"]).to_numpy())[0])
                 ax.plot(x[at], y[at], marker="D", ms=5.5, color=COLOURS[role])
@@ -125,6 +126,7 @@ def parallel(search: SearchResults, fields: Sequence[Field]) -> Figure:
         return figure
     columns = [_place(f, trials) for f in fields]
     y = search.sign * trials["objective"].to_numpy(dtype=np.float64)
+    lead = leading(search)
     spread = np.ptp(y) or 1.0
     goodness = (y - y.min()) / spread
     for row in np.argsort(goodness, kind="stable"):
@@ -133,7 +135,7 @@ def parallel(search: SearchResults, fields: Sequence[Field]) -> Figure:
         role = next(
             (
                 name
-                for name, of in (("best", search.best), ("base", search.base_trial))
+                for name, of in (("best", lead), ("base", search.base_trial))
                 if of is not None and of["trial_id"] == trial_id
             ),
             None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ _OFTEN = 20
 """Times that a style stands in a chart from which on it is written once."""
 
 _STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # names with a $ are no formulas
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -109,7 +111,13 @@ def svg(figure: Figure, alt: str) -> str:
         figure: of :func:`new_figure`.
         alt: what is seen, in a sentence, for those who do not see it.
     """
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hpcl"}), io.StringIO() as file:
+    with (
+        rc_context({"svg.fonttype": "none", "svg.hashsalt": "hpcl", "text.parse_math": False}),
+        warnings.catch_warnings(),
+        io.StringIO() as file,
+    ):
+        warnings.simplefilter("ignore")  # of glyphs that matplotlib's own font lacks; the page has the reader's fonts
+
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = file.getvalue()
     text = text[text.index("<svg") :]

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 
 from hpcl.analysis.compare import probe_images
+from hpcl.analysis.leading import evidence_of, leading
 from hpcl.results import SearchResults
-from hpcl.results.load import PROBE
-from hpcl.search.evidence import Evidence
+from hpcl.results.search import PROBE
+from hpcl.search.evidence import Standing
+from hpcl.search.plan import counted
 
 COMPARABLE = ("acc_proto_ref", "inst_ref", "nce_ref", "proto_bits", "knn")
 """Curves that are the same function for every trial, so that their last values can be compared."""
@@ -36,39 +38,34 @@ class Answer:
 
 def answer(search: SearchResults) -> Answer:
     """The first screen's sentences for a search."""
-    best = search.best
-    if best is None:
-        why = (
-            "no trial finished its schedule" if not (search.trials["state"] == "finished").any() else "none has a value"
-        )
+    lead = leading(search)
+    if lead is None:
+        finished = (search.trials["state"] == "finished").any()
+        why = "none that finished has a value" if finished else "no trial finished its schedule"
         return Answer(f"No best configuration: {why}", "", "", _cost(search), "")
-    headline = f"Trial {best['trial_id']}: {search.chosen_by} {best['objective']:.4f}"
-    if not search.retrain.empty:
-        evidence = evidence_of(search)
-        if evidence.best is not None:
-            kept = evidence.best.trial_id == best["trial_id"]
-            was = "" if kept else f" (in the search itself trial {best['trial_id']} was ahead)"
-            headline = f"Trial {evidence.best.trial_id}: {evidence.chosen_by} {evidence.best.text()}{was}"
-            base = next((s for s in evidence.standings if s.trial_id == evidence.base), None)
-            versus = f"the base: {base.text()}" if base is not None and base is not evidence.best else ""
-            lead = evidence.lead()
-            return Answer(headline, versus, f"{lead[:1].upper()}{lead[1:]}.", _cost(search), _agree(search))
-    return Answer(headline, _versus(search), _sure(search), _cost(search), _agree(search))
+    evidence = evidence_of(search)
+    if evidence is not None and evidence.best is not None:
+        first = search.best
+        ahead = first is not None and first["trial_id"] != lead["trial_id"]
+        was = f" (in the search itself trial {first['trial_id']} was ahead)" if ahead and first is not None else ""
+        base = next((s for s in evidence.standings if s.trial_id == evidence.base), None)
+        return Answer(
+            headline=f"Trial {lead['trial_id']}: {evidence.chosen_by} {evidence.best.text()}{was}",
+            versus=f"the base: {base.text()}" if base is not None and base is not evidence.best else "",
+            sure=" ".join([_sentence(evidence.lead()), *(_left_out(s) for s in evidence.left_out)]),
+            cost=_cost(search),
+            agree=_agree(search, str(lead["trial_id"])),
+        )
+    headline = f"Trial {lead['trial_id']}: {search.chosen_by} {lead['objective']:.4f}"
+    return Answer(headline, _versus(search), _sure(search), _cost(search), _agree(search, str(lead["trial_id"])))
 
 
-def evidence_of(search: SearchResults) -> Evidence:
-    """What the seeds of a retraining say."""
-    rows: list[dict[str, Any]] = [
-        {name: None if value is None or value != value else value for name, value in row.items()}
-        for row in search.retrain.to_dict("records")
-    ]
-    base = search.base_trial
-    return Evidence(
-        rows,
-        base="" if base is None else str(base["trial_id"]),
-        chosen_by=search.chosen_by,
-        searched_by=search.chosen_by,
-    )
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _left_out(standing: Standing) -> str:
+    return f"Trial {standing.trial_id} is left out, though ahead: {'; '.join(standing.lost)}."
 
 
 def _versus(search: SearchResults) -> str:
@@ -76,7 +73,8 @@ def _versus(search: SearchResults) -> str:
     if base is None or best is None:
         return ""
     if base["trial_id"] == best["trial_id"]:
-        return "which is the base itself: nothing that was tried came out better"
+        others = "nothing that was tried came out better" if len(search.trials) > 1 else "nothing else was tried"
+        return f"which is the base itself: {others}"
     if base["state"] != "finished" or not math.isfinite(base["objective"]):
         return f"the base (trial {base['trial_id']}) did not finish: {base['state']}"
     gain = best["objective"] - base["objective"]
@@ -90,64 +88,69 @@ def _sure(search: SearchResults) -> str:
     then = "`hpcl retrain` trains the best and the base with several seeds."
     if search.about.kind == "tune":
         then = "Train the best ones again with several seeds."
-    lucky = f" The best of {n} is also the luckiest of {n}: expect it lower the next time." if n > 2 else ""
+    lucky = f" The best of {n} is also the luckiest of {n}: expect it worse the next time." if n > 2 else ""
+    p, q = float(best["objective"]), math.nan if base is None else float(base["objective"])
     images = None
-    if search.chosen_by == PROBE:
+    if search.chosen_by == PROBE and 0 <= p <= 1 and 0 <= q <= 1 and p != q:
         images = search.about.val_images or probe_images(search.finished["objective"].tolist())
-    if images and base is not None and base["state"] == "finished":
-        p, q = float(best["objective"]), float(base["objective"])
-        error = math.sqrt((p * (1 - p) + q * (1 - q)) / images)
-        times = abs(p - q) / error if error > 0 else math.inf
-        told = "more than chance would give" if times > 2 else "which chance alone can give"
-        if best["trial_id"] != base["trial_id"]:
-            return (
-                f"One run each, scored on {images:,} validation images: the difference is {times:.1f} of its standard "
-                f"errors ({error:.4f}, of the images alone), {told}.{lucky} {then}"
-            )
-    return f"One run each: the spread over seeds is not known.{lucky} {then}"
+    if not images:
+        return f"One run each: the spread over seeds is not known.{lucky} {then}"
+    error = math.sqrt((p * (1 - p) + q * (1 - q)) / images)
+    times = abs(p - q) / error if error > 0 else math.inf
+    # The best was picked: of n - 1 equally good ones the luckiest lies so far above with 2.5 % (Bonferroni).
+    told = times > norm.isf(0.025 / max(1, n - 1))
+    chance = "more than the luckiest of so many equally good ones would show" if told else "as chance alone can make it"
+    return (
+        f"One run each, scored on {images:,} validation images: the difference is {times:.1f} of its standard errors "
+        f"({error:.4f}, of the images alone), {chance}.{lucky} {then}"
+    )
 
 
 def _cost(search: SearchResults) -> str:
     trials = search.trials
     counts = ", ".join(f"{n} {state}" for state, n in trials["state"].value_counts().items())
     trained = int((~search.epochs["shared"].fillna(False).astype(bool)).sum()) if len(search.epochs) else 0
-    longest = trials.loc[trials["state"] == "finished", "epochs"]
     parts = [f"{search.cost:.3g} {search.cost_unit}"]
     if search.about.seconds:
         parts.append(f"{search.about.seconds / 3600:.3g} h on the clock")
-    parts.append(f"{len(trials):,} trials ({counts}), {trained:,} epochs")
-    if len(longest) and (trials["state"] == "stopped").any():
-        full = float(longest.mean()) * len(trials)
-        parts.append(f"early stopping saved {max(0.0, 1 - float(trials['epochs'].sum()) / full):.0%} of the epochs")
+    parts.append(f"{counted(len(trials), 'trial')} ({counts}), {counted(trained, 'epoch')}")
+    length = {state: trials.loc[trials["state"] == state, "epochs"] for state in ("finished", "stopped")}
+    if search.about.kind == "hpcl" and len(length["finished"]) and len(length["stopped"]):
+        full = float(length["finished"].mean()) * len(length["stopped"])
+        rest = full - float(length["stopped"].sum())
+        share = rest / (full + float(length["finished"].sum()))
+        parts.append(f"early stopping saved {max(0.0, share):.0%} of the epochs of those that finished or were stopped")
     return "; ".join(parts)
 
 
-def _agree(search: SearchResults) -> str:
-    """How the comparable curves rank the best trial among the finished ones at their last epoch."""
+def _agree(search: SearchResults, trial_id: str) -> str:
+    """How the comparable curves rank a trial among the finished ones at their last epoch."""
     done = search.finished
-    if len(done) < 3:
+    place = np.flatnonzero((done["trial_id"] == trial_id).to_numpy())
+    if len(done) < 3 or not len(place):
         return ""
-    said, agreeing, counted = [], 0, 0
+    own = int(place[0])
+    said, agreeing, asked = [], 0, 0
     objective = search.sign * done["objective"].to_numpy(dtype=np.float64)
     names = dict.fromkeys((search.about.metric or "", *COMPARABLE))
     for name in search.measured([name for name in names if name and name != search.chosen_by]):
         last = final(search, name)[done.index.to_numpy()] * search.sign_of(name)
         known = np.isfinite(last)
-        if known.sum() < 3 or not known[0] or np.ptp(last[known]) == 0 or np.ptp(objective[known]) == 0:
+        if known.sum() < 3 or not known[own] or np.ptp(last[known]) == 0 or np.ptp(objective[known]) == 0:
             continue
-        rank = 1 + int((last[known] > last[0]).sum())
+        rank = 1 + int((last[known] > last[own]).sum())
         rho = float(spearmanr(last[known], objective[known]).statistic)
-        counted += 1
+        asked += 1
         agreeing += rank <= max(1, round(0.25 * int(known.sum())))
         said.append(f"{name} puts it {_ordinal(rank)} of {int(known.sum())} (rank correlation {rho:.2f})")
     if not said:
         return ""
-    if agreeing == counted:
+    if agreeing == asked:
         verdict = "The other curves agree: all have it in their best quarter."
     elif agreeing == 0:
         verdict = "The other curves do not agree: none has it in its best quarter."
     else:
-        verdict = f"The other curves agree in part: {agreeing} of {counted} have it in their best quarter."
+        verdict = f"The other curves agree in part: {agreeing} of {asked} have it in their best quarter."
     return f"{verdict} At the last epoch {'; '.join(said)}."
 
 

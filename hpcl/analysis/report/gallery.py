@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from hpcl.errors import UserError, harmless
-from hpcl.files import write_text
+from hpcl.files import may_write, write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from hpcl.gallery import Gallery, GalleryPrototype
 
 Pixels = npt.NDArray[np.uint8]
+
+MARKER = "written by hpcl prototypes"
+"""Stands at the beginning of each page, so that nothing else is ever overwritten."""
 
 MOST_COARSE = 12
 """Prototypes of the coarsest level that are shown where finer ones stand beside them."""
@@ -118,7 +121,13 @@ def page(body: str, title: str, notes: Sequence[str] = ()) -> str:
     return (
         _environment()
         .get_template("gallery_page.html")
-        .render(body=body, title=harmless(title), notes=[harmless(note) for note in notes], css=_PAGE_CSS + CSS)
+        .render(
+            marker=MARKER,
+            body=body,
+            title=harmless(title),
+            notes=[harmless(note) for note in notes],
+            css=_PAGE_CSS + CSS,
+        )
     )
 
 
@@ -136,6 +145,9 @@ def main(checkpoint: Path, out: Path | None, images: int, data: str | None) -> N
     """
     if not 1 <= images <= MOST_IMAGES:
         raise UserError(f"--images is {images}, but must be in 1..{MOST_IMAGES}")
+    where = out if out is not None else checkpoint.parent / "prototypes.html"
+    if checkpoint.parent.is_dir() or out is not None:
+        may_write(where, MARKER, "hpcl prototypes", "name another file with --out")
     from hpcl.gallery import gallery_of
 
     gallery, found = gallery_of(checkpoint, images, data)
@@ -146,7 +158,6 @@ def main(checkpoint: Path, out: Path | None, images: int, data: str | None) -> N
         if level.purity is not None:
             line += f", purity {level.purity:.3f}, AMI with the labels {_number(level.ami)}"
         print(line)
-    where = out if out is not None else checkpoint.parent / "prototypes.html"
     notes = (f"{checkpoint}, after epoch {gallery.epoch} (stage {gallery.stage})", found.describe())
     text = page(fragment(gallery, found.images), f"Prototypes of {_name_of(checkpoint)}", notes)
     write_text(where, text)

@@ -16,15 +16,17 @@ from typing import Any
 import hpcl
 from hpcl.analysis.report.answer import Answer, answer
 from hpcl.analysis.report.sections import Section, comparison, of_search
-from hpcl.analysis.report.table import Table, table
-from hpcl.errors import UserError, harmless
-from hpcl.files import write_text
+from hpcl.analysis.report.table import MOST_TEXT, Table, table
+from hpcl.errors import harmless
+from hpcl.files import may_write, write_text
 from hpcl.results import SearchResults
 from hpcl.results.load import load_searches
 from hpcl.search.places import shown
 
 MOST_BYTES = 2_000_000
-"""Size of a page with one search, at most."""
+"""Size of a page with one search; what is larger goes without pictures of prototypes."""
+MARKER = "written by hpcl report"
+"""Stands at the beginning of each page, so that nothing else is ever overwritten."""
 _HERE = Path(__file__).parent
 
 
@@ -36,6 +38,7 @@ class Part:
     about: str
     answer: Answer
     robust: str
+    robust_by: str
     verdict: str
     next: list[str]
     notes: list[str]
@@ -55,6 +58,8 @@ def write_report(searches: Sequence[SearchResults], out: Path, *, galleries: boo
         UserError: `out` cannot be written, or the page would not be one that opens everywhere.
     """
     text = render(searches, galleries=galleries)
+    if galleries and len(text) > MOST_BYTES * len(searches):
+        text = render(searches, galleries=False)
     write_text(out, text)
 
 
@@ -73,6 +78,7 @@ def render(searches: Sequence[SearchResults], *, galleries: bool = True) -> str:
 
     names = ", ".join(harmless(search.about.name) for search in searches)
     return environment.get_template("page.html").render(
+        marker=MARKER,
         title=f"{names}: results",
         css=(_HERE / "page.css").read_text(encoding="utf-8") + GALLERY_CSS,
         script=(_HERE / "table.js").read_text(encoding="utf-8"),
@@ -90,9 +96,10 @@ def _part(search: SearchResults, galleries: bool) -> Part:
         about=harmless(_about(search)),
         answer=answer(search),
         robust=told.robust,
+        robust_by=told.by,
         verdict=told.verdict,
         next=_next(search),
-        notes=[harmless(note) for note in search.about.notes],
+        notes=[harmless(note if len(note) <= MOST_TEXT else f"{note[:MOST_TEXT]}...") for note in search.about.notes],
         sections=made,
         table=table(search),
     )
@@ -113,14 +120,15 @@ def _about(search: SearchResults) -> str:
 
 
 def _next(search: SearchResults) -> list[str]:
+    """The commands that come next; none for a folder of Tune's, which they do not take."""
     where = harmless(shlex.quote(shown(search.folder)))
     if search.about.kind == "tune":
-        return [f"hpcl report {where} --metric NAME"]
+        return []
     if search.best is None:
         return [f"hpcl status {where}"]
-    if search.retrain.empty:
-        return [f"hpcl retrain {where} --top 3 --seeds 3", f"hpcl suggest {where}", f"hpcl train {where}/best.yaml"]
-    return [f"hpcl suggest {where}", f"hpcl train {where}/best.yaml"]
+    retrain = [f"hpcl retrain {where} --top 3 --seeds 3"] if search.retrain.empty else []
+    train = [f"hpcl train {where}/best.yaml"] if (search.folder / "best.yaml").is_file() else []
+    return [*retrain, f"hpcl suggest {where}", *train]
 
 
 def main(
@@ -139,8 +147,7 @@ def main(
     """
     searches = load_searches(folders, metric=metric, mode=mode)
     page = out or Path(folders[0]) / "report.html"
-    if page.is_dir():
-        raise UserError(f"{page}: is a folder, but --out must name the file to write")
+    may_write(page, MARKER, "hpcl report", "name another file with --out")
     write_report(searches, page, galleries=galleries)
     first = answer(searches[0])
     print(harmless(f"{first.headline}\nwritten: {page} ({page.stat().st_size / 1000:,.0f} kB)"), flush=True)

@@ -15,7 +15,7 @@ from hpcl.analysis.charts import compare as compare_charts
 from hpcl.analysis.charts import curves as curve_charts
 from hpcl.analysis.charts import fields as field_charts
 from hpcl.analysis.charts.look import listed, svg
-from hpcl.analysis.report.answer import evidence_of
+from hpcl.analysis.leading import evidence_of, leading
 from hpcl.errors import UserError, harmless
 from hpcl.results import Field, SearchResults
 from hpcl.results.fields import shown
@@ -64,6 +64,8 @@ class Told:
     """Sentences of the sections that belong on the first screen."""
 
     robust: str
+    by: str
+    """What that sentence rests on."""
     verdict: str
 
 
@@ -94,7 +96,9 @@ def of_search(search: SearchResults, *, galleries: bool = True) -> tuple[Told, l
         _failures(search),
         _record(search),
     ]
-    return Told(_robust(search), audited.verdict.sentence), [section for section in made if section is not None]
+    return Told(*_robust(search), harmless(audited.verdict.sentence)), [
+        section for section in made if section is not None
+    ]
 
 
 def comparison(searches: Sequence[SearchResults]) -> Comparison:
@@ -120,22 +124,24 @@ def _by_importance(search: SearchResults, matter: Sequence[Importance]) -> list[
     return [search.fields[path] for path in [*order, *(p for p in search.fields if p not in order)]]
 
 
-def _robust(search: SearchResults) -> str:
-    """What the neighbourhood of each trial says of the best one."""
+def _robust(search: SearchResults) -> tuple[str, str]:
+    """What `hpcl best` says of the search, and by what; nothing where it cannot tell."""
     from hpcl.analysis.robust import robust_best
 
     try:
         found = robust_best([search])
     except UserError:
-        return ""  # a folder of Tune's has no space in which trials could be near
-    same = found.best.trial_id == found.lucky.trial_id
+        return "", ""  # a folder of Tune's has no space in which trials could be near
+    lead = leading(search)
+    same = lead is not None and found.best.trial_id == lead["trial_id"]
     who = "the same trial" if same else f"rather trial {found.best.trial_id}"
-    return harmless(f"{who}: {found.evidence()}")
+    by = {"seeds": "By the median over seeds", "neighbourhood": "By its neighbours"}.get(found.by, "By its one run")
+    return harmless(f"{who}: {found.evidence()}"), by
 
 
 def _values(search: SearchResults) -> Section | None:
     """The best trial's configuration as far as it was searched, the values that differ from the base's first."""
-    best = search.best
+    best = leading(search)
     if best is None:
         return None
     rows = []
@@ -155,9 +161,9 @@ def _values(search: SearchResults) -> Section | None:
 
 
 def _seeds(search: SearchResults) -> Section | None:
-    if search.retrain.empty:
-        return None
     evidence = evidence_of(search)
+    if evidence is None:
+        return None
     rows = [
         (s.trial_id + (" (base)" if s.trial_id == evidence.base else ""), s.text(),
          "-" if s.search is None else f"{s.search:.4f}", ", ".join(f"{v:.4f}" for v in s.values), "; ".join(s.lost))
@@ -200,25 +206,29 @@ def _curves(search: SearchResults) -> Section | None:
 def _clusters(search: SearchResults) -> Section | None:
     if not search.measured(["clusters"]):
         return None
-    ids = [str(trial) for trial in search.finished["trial_id"].iloc[:TIMELINES]]
+    lead = leading(search)
+    first = [] if lead is None else [str(lead["trial_id"])]
+    ids = list(dict.fromkeys([*first, *map(str, search.finished["trial_id"])]))[:TIMELINES]
     base = search.base_trial
     if base is not None and base["trial_id"] not in ids:
         ids.append(str(base["trial_id"]))
     if not ids:
         return None
     grew = search.epochs[search.epochs["trial_id"].isin(ids) & search.epochs["grew"].fillna(False).astype(bool)]
-    texts = [f"Trial {trial} grew " + _growths(grew[grew["trial_id"] == trial]) + "." for trial in ids]
+    last = search.trials.set_index("trial_id")["epochs"]
+    texts = [f"Trial {trial} grew {_growths(grew[grew['trial_id'] == trial], int(last[trial]))}." for trial in ids]
     alt = f"Number, sizes and churn of the clusters of trials {', '.join(ids)} by epoch"
     return Section("clusters", "How did the clusters grow?", texts, [_draw(curve_charts.clusters(search, ids), alt)])
 
 
-def _growths(rows: Any) -> str:
+def _growths(rows: Any, last: int) -> str:
     if rows.empty:
         return "not at all"
     first = rows.iloc[0]
     reason = f" (the first by rule {first['growth_reason']})" if isinstance(first["growth_reason"], str) else ""
     often = "once, after epoch" if len(rows) == 1 else f"{len(rows)} times, after epochs"
-    return f"{often} {', '.join(str(int(epoch)) for epoch in rows['epoch'])}{harmless(reason)}"
+    unused = "; the clusters of the last one were not used any more" if int(rows["epoch"].iloc[-1]) == last else ""
+    return harmless(f"{often} {', '.join(str(int(epoch)) for epoch in rows['epoch'])}{reason}{unused}")
 
 
 def _importance(search: SearchResults, matter: Sequence[Importance]) -> Section:
@@ -308,7 +318,7 @@ def _two(value: float) -> str:
 
 def _gallery(search: SearchResults) -> Section | None:
     """The prototypes of the best trial, where its checkpoint and its images are there."""
-    trial = search.best
+    trial = leading(search)
     if trial is None or search.about.kind != "hpcl":
         return None
     checkpoint = search.folder / "trials" / str(trial["trial_id"]) / "checkpoint.pt"

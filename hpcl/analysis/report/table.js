@@ -41,20 +41,33 @@
       more.textContent = `show ${Math.min(PAGE * 10, shown.length - limit)} more`;
     }
 
+    // `linear probe > 0.9`, `topk.mode:add` and `state = finished` look at one column; other words at all of them.
+    const columns = new Map();
+    heads.forEach((head, place) => [head.dataset.name.replace(/^config\./, ""), head.dataset.title].forEach((name) => {
+      columns.set(name.toLowerCase(), place);
+    }));
+    const names = [...columns.keys()].sort((a, b) => b.length - a.length)
+      .map((name) => name.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
+    const asked = new RegExp(`(^|\\s)(${names})\\s*(<=|>=|<|>|=|:)\\s*(\\S+)`, "g");
+
+    function test(place, operator, wanted) {
+      const number = Number(wanted);
+      const equal = (v) => (typeof v === "number" ? v === number : String(v).toLowerCase() === wanted);
+      const tell = {
+        "<": (v) => v < number, ">": (v) => v > number, "<=": (v) => v <= number, ">=": (v) => v >= number,
+        "=": equal, ":": (v) => String(v).toLowerCase().includes(wanted),
+      }[operator];
+      return (row) => row[place] !== null && tell(row[place]);
+    }
+
     function select() {
-      // Words must all be in the row; `state:stopped` or `stages.stage1.lr>0.1` look at one column.
-      const words = filter.value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-      const tests = words.map((word) => {
-        const asked = word.match(/^([\w.\- ]+?)(<=|>=|<|>|=|:)(.+)$/);
-        const place = asked ? heads.findIndex((h) => h.dataset.name.toLowerCase().replace(/^config\./, "") === asked[1]
-          || h.dataset.title.toLowerCase() === asked[1]) : -1;
-        if (place < 0) return (row) => row.some((v) => v !== null && String(v).toLowerCase().includes(word));
-        const number = Number(asked[3]);
-        const tell = {
-          "<": (v) => v < number, ">": (v) => v > number, "<=": (v) => v <= number, ">=": (v) => v >= number,
-          "=": (v) => String(v).toLowerCase() === asked[3], ":": (v) => String(v).toLowerCase().includes(asked[3]),
-        }[asked[2]];
-        return (row) => row[place] !== null && tell(row[place]);
+      const tests = [];
+      const rest = filter.value.toLowerCase().replace(asked, (_, before, name, operator, wanted) => {
+        tests.push(test(columns.get(name), operator, wanted));
+        return " ";
+      });
+      rest.split(/\s+/).filter(Boolean).forEach((word) => {
+        tests.push((row) => row.some((v) => v !== null && String(v).toLowerCase().includes(word)));
       });
       shown = all.filter((row) => tests.every((test) => test(row)));
       const sorted = heads.findIndex((h) => h.ariaSort && h.ariaSort !== "none");

@@ -11,12 +11,15 @@ from typing import Any
 
 import pandas as pd
 
-from hpcl.results import TRIAL_COLUMNS, SearchResults
+from hpcl.results import SearchResults
 from hpcl.results.fields import PREFIX, shown
 
 STATIC_ROWS = 40
 """Rows that stand in the page itself, for print and where scripts are off."""
-_UNITS = {column.name: column.unit for column in TRIAL_COLUMNS}
+MOST_TEXT = 300
+"""Letters of a text in the page; the files have it all."""
+MOST_DATA = 1_100_000
+"""Letters of the packed rows; of a search with more, the page has the first ones."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,11 @@ class Table:
     rows: list[list[str]]
     """The first rows as text, the best trials first."""
     count: int
-    """All rows."""
+    """All trials of the search."""
+    kept: int
+    """Those of them that the page has, the best ones; fewer only where they would make it too large."""
     data: str
-    """All rows as base64 of gzip of JSON: a list of lists, a cell a number, text or null."""
+    """These rows as base64 of gzip of JSON: a list of lists, a cell a number, text or null."""
 
 
 def table(search: SearchResults) -> Table:
@@ -48,9 +53,16 @@ def table(search: SearchResults) -> Table:
     ]
     cells = [[_cell(value) for value in trials[name].tolist()] for name in names]
     rows = [list(row) for row in zip(*cells, strict=True)]
+    count, data = len(rows), _packed(rows)
+    while len(data) > MOST_DATA and len(rows) > STATIC_ROWS:
+        rows = rows[: max(STATIC_ROWS, int(0.95 * len(rows) * MOST_DATA / len(data)))]
+        data = _packed(rows)
+    return Table(columns, [[_text(value) for value in row] for row in rows[:STATIC_ROWS]], count, len(rows), data)
+
+
+def _packed(rows: list[list[Any]]) -> str:
     packed = gzip.compress(json.dumps(rows, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
-    static = [[_text(value) for value in row] for row in rows[:STATIC_ROWS]]
-    return Table(columns, static, len(rows), base64.b64encode(packed).decode())
+    return base64.b64encode(packed).decode()
 
 
 def _places(search: SearchResults) -> pd.Series:
@@ -79,7 +91,10 @@ def _cell(value: Any) -> Any:
         return str(value).lower()
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.4g}")
-    return value if isinstance(value, int) else shown(value)
+    if isinstance(value, int):
+        return value
+    text = shown(value)
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}..."
 
 
 def _text(value: Any) -> str:
