@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hpcl.analysis.audit import audit
+from hpcl.analysis.audit import audit, one_line
 from hpcl.errors import UserError
 from hpcl.files import atomic_path, writing
 from hpcl.results import load_search
@@ -29,7 +29,7 @@ def main() -> int:
             with writing(options.csv), atomic_path(options.csv) as temporary:
                 found.table.to_csv(temporary, index=False)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print("\n".join(one_line(problem) for problem in error.problems), file=sys.stderr)
         return 2
     print("\n".join(found.lines()))
     return 0

@@ -14,7 +14,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from hpcl.analysis.audit import aligned
+from hpcl.analysis.audit import aligned, one_line
 from hpcl.analysis.replay import Recording, replay
 from hpcl.errors import UserError
 from hpcl.results import load_search
@@ -23,7 +23,7 @@ from hpcl.results import load_search
 def lines(
     recording: Recording, metrics: list[str], graces: list[float], factors: list[float], min_peers: int
 ) -> list[str]:
-    """The table, and what it is about.
+    """The table, and what it is about; no table where no trial finished.
 
     Raises:
         UserError: there is no such curve, or a grace or factor is out of range.
@@ -45,12 +45,10 @@ def lines(
                 "-" if math.isnan(result.regret) else f"{result.regret:.4f}",
             )
         )
-    return [
-        f"{about.name}: {recording.n} trials finished and {recording.diverged} diverged, "
-        f"{recording.at_a_time} at a time; best by {recording.search.chosen_by}",
-        *aligned(cells),
-        *(f"note: {note}" for note in recording.notes),
-    ]
+    head = f"{about.name}: {recording.n} trials finished and {recording.diverged} diverged, "
+    head += f"{recording.at_a_time} at a time; best by {recording.search.chosen_by}"
+    table = aligned(cells) if recording.n else ["no trial finished with an objective: nothing can be lost"]
+    return [one_line(head), *table, *(one_line(f"note: {note}") for note in recording.notes)]
 
 
 def main() -> int:
@@ -72,7 +70,7 @@ def main() -> int:
         metrics = options.metric or [recording.search.about.metric or "acc_proto_ref"]
         print("\n".join(lines(recording, metrics, graces, factors, options.min_peers)))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print("\n".join(one_line(problem) for problem in error.problems), file=sys.stderr)
         return 2
     return 0
 

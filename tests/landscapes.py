@@ -129,6 +129,12 @@ def write_landscape(
     return load_search(folder)
 
 
+def with_objectives(search: SearchResults, objectives: Sequence[float]) -> SearchResults:
+    """The folder read again after these objectives, which need not be finite, were put in its table."""
+    search.trials.assign(objective=list(objectives)).to_parquet(search.folder / "trials.parquet")
+    return load_search(search.folder)
+
+
 def _cell(space: Space, point: Mapping[str, Any], path: str) -> Any:
     """A field's value in the table: the base's where it did not act."""
     value = point.get(path, space.base.at(path))

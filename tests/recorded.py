@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import runpy
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from hpcl.results import SearchResults, epoch_schema, load_search, trial_schema, write_table
@@ -62,6 +66,7 @@ def write_search(
     stopped, diverged = stopped or {}, diverged or {}
     probed = chosen_by == "auto"
     trial_rows, epoch_rows = [], []
+    counts = {each.name for each in epoch_schema() if str(each.type) == "int64"}
     for i in range(trials):
         last = stopped.get(i) or diverged.get(i) or epochs
         state = "stopped" if i in stopped else "diverged" if i in diverged else "finished"
@@ -94,7 +99,7 @@ def write_search(
                 "seconds": float(every[i, e]),
                 "arrival": i * epochs + e,
                 "objective": value if probed and e + 1 == last else None,
-                **{name: _whole(name, grid[i, e]) for name, grid in grids.items()},
+                **{name: _measured(grid[i, e], whole=name in counts) for name, grid in grids.items()},
             }
             for e in range(last)
         ]
@@ -127,12 +132,43 @@ def _spec(values: Any) -> dict[str, Any]:
     return {"choice": sorted({_item(value) for value in values})}
 
 
-def _whole(name: str, value: float) -> Any:
+def _measured(value: float, *, whole: bool) -> Any:
     """A count as a whole number, null where there is none."""
-    kinds = {field.name: str(field.type) for field in epoch_schema()}
-    if kinds[name] == "int64":
+    if whole:
         return int(value) if np.isfinite(value) else None
     return float(value)
+
+
+def known_search(folder: Path, n: int = 40, *, best: str = "inst_ref", seed: int = 0, **more: Any) -> SearchResults:
+    """Curves that follow the objective: `best` at 0.9, acc_proto_ref, the one in use, at 0.3, others at less."""
+    chance = np.random.default_rng(seed)
+    quality = chance.normal(size=n)
+    strength = {"acc_proto_ref": 0.3, "acc_proto": 0.2, "inst_ref": 0.3, "nce_ref": 0.3, "loss": 0.0, "knn": 0.95}
+    strength[best] = 0.9
+    curves = {}
+    for name, part in strength.items():
+        curve = part * quality[:, None] + math.sqrt(1 - part**2) * chance.normal(size=(n, 12))
+        curves[name] = -curve if name in ("nce_ref", "loss") else curve
+    curves["clusters"] = np.round(np.exp(chance.uniform(1, 5, (n, 12))))
+    fields = {"moco.temperature": chance.random(n), "topk.mode": chance.choice(["add", "none", "replace"], n)}
+    return write_search(folder, curves, quality, fields, **more)
+
+
+def like(strength: dict[str, float], n: int, seed: int) -> tuple[dict[str, Any], Any]:
+    """Curves that are as good as said, at three rungs that differ little, and the objective."""
+    chance = np.random.default_rng(seed)
+    quality = chance.normal(size=n)
+    return {
+        m: (s * quality + math.sqrt(1 - s * s) * chance.normal(size=n))[:, None] + 0.3 * chance.normal(size=(n, 3))
+        for m, s in strength.items()
+    }, quality
+
+
+def run_script(path: Path, arguments: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of a script's `main`, run in this process: another Python takes two seconds to start."""
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    found: int = runpy.run_path(str(path), run_name="a_script")["main"]()
+    return found
 
 
 def _item(value: Any) -> Any:

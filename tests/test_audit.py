@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from recorded import write_search
+from recorded import known_search, like, run_script, write_search
 from scipy import stats
 
+from hpcl.analysis import audit as audits
 from hpcl.analysis import verdict
 from hpcl.analysis.audit import Audit, audit
 from hpcl.analysis.charts.audit import lost_for_spent, rank_by_rung
@@ -26,25 +27,9 @@ from hpcl.analysis.charts.look import svg
 from hpcl.analysis.replay import Recording, replay
 from hpcl.analysis.signals import Resamples, association, design, partial, permuted_scores, spearman
 from hpcl.analysis.verdict import LEVEL, judge
-from hpcl.results import Field, SearchResults
+from hpcl.results import Field, load_search
 
 SCRIPT = Path(__file__).parent.parent / "analysis" / "audit.py"
-EPOCHS = 12
-
-
-def known_search(folder: Path, n: int = 40, *, best: str = "inst_ref", seed: int = 0, **more: Any) -> SearchResults:
-    """Curves that follow the objective: `best` at 0.9, acc_proto_ref, the one in use, at 0.3, others at less."""
-    chance = np.random.default_rng(seed)
-    quality = chance.normal(size=n)
-    strength = {"acc_proto_ref": 0.3, "acc_proto": 0.2, "inst_ref": 0.3, "nce_ref": 0.3, "loss": 0.0, "knn": 0.95}
-    strength[best] = 0.9
-    curves = {}
-    for name, part in strength.items():
-        curve = part * quality[:, None] + math.sqrt(1 - part**2) * chance.normal(size=(n, EPOCHS))
-        curves[name] = -curve if name in ("nce_ref", "loss") else curve
-    curves["clusters"] = np.round(np.exp(chance.uniform(1, 5, (n, EPOCHS))))
-    fields = {"moco.temperature": chance.random(n), "topk.mode": chance.choice(["add", "none", "replace"], n)}
-    return write_search(folder, curves, quality, fields, **more)
 
 
 def cell(found: Audit, metric: str, rung: float) -> Any:
@@ -153,52 +138,97 @@ def test_names_the_known_best_curve_and_never_the_labelled_one(tmp_path: Path, b
     found = audit(known_search(tmp_path / "s", best=best))
     assert (found.verdict.kind, found.verdict.curve) == ("named", best)
     assert found.verdict.sentence.startswith(f"Stop on {best}: ") and "n = 40" in found.verdict.sentence
-    assert "clearly above acc_proto_ref, in use" in found.verdict.sentence
+    assert "clearly above acc_proto_ref, the metric of this search (0." in found.verdict.sentence
     assert "knn" not in {s.metric for s in found.verdict.scores}
     assert found.verdict.sentence in found.lines()
 
 
 def test_keeps_the_curve_in_use_where_it_is_the_best_or_not_told_apart(tmp_path: Path) -> None:
-    found = audit(known_search(tmp_path / "s", best="acc_proto_ref")).verdict
+    search = known_search(tmp_path / "s", best="acc_proto_ref")
+    found = audit(search).verdict
     assert (found.kind, found.curve) == ("kept", "acc_proto_ref")
+    assert found.sentence.startswith("Stop on acc_proto_ref, the metric of this search: its mean rank correlation with")
     assert "every other curve is clearly worse or has no signal" in found.sentence
+    ran = audit(replace(search, about=replace(search.about, rungs=(3.0,)))).verdict
+    assert ran.sentence.startswith("Keep stopping on acc_proto_ref: its mean rank correlation with linear probe is ")
     chance = np.random.default_rng(0)
     quality = chance.normal(size=30)
     two = {m: quality[:, None] + 0.6 * chance.normal(size=(30, 3)) for m in ("acc_proto_ref", "inst_ref")}
     assert judge(two, quality, in_use="acc_proto_ref").curve == "acc_proto_ref"
     tied = judge(two, quality, in_use="inst_ref")
     assert tied.curve == "inst_ref" and "not told apart from it: acc_proto_ref" in tied.sentence
-    assert judge(two, quality, in_use="knn").kind == "named"
 
 
-def test_says_that_it_cannot_tell_on_shuffled_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_use", ["knn", "nce_ref", None])
+def test_where_no_curve_in_use_was_measured_the_best_one_with_a_signal_is_named(in_use: str | None) -> None:
+    curves, quality = like({"inst_ref": 0.8, "acc_proto": 0.7}, 24, 0)
+    curves["nce_ref"] = np.full((24, 3), math.nan)
+    found = judge(curves, quality, in_use=in_use)
+    assert (found.kind, found.curve) == ("named", "inst_ref") and "in use" not in found.sentence
+    assert "not told apart from it: acc_proto" in found.sentence
+
+
+def kinds(strength: dict[str, float], n: int, runs: int) -> Counter[tuple[str, str | None]]:
+    """How often which verdict is given on such curves, acc_proto_ref in use."""
+    found = [judge(*like(strength, n, seed), in_use="acc_proto_ref", seed=seed) for seed in range(runs)]
+    return Counter((each.kind, each.curve) for each in found)
+
+
+@pytest.fixture
+def fewer_deals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "DEALS", 399)  # the level holds with any number of deals
+
+
+EQUAL = ("acc_proto_ref", "acc_proto", "proto_bits", "inst_ref", "nce_ref", "acc_inst", "loss", "loss_inst")
+
+
+@pytest.mark.usefixtures("fewer_deals")
+def test_of_equally_good_curves_no_other_one_is_named() -> None:
+    """A signal beside none is no difference: that rule named another curve in a third of these searches."""
+    for n, runs in ((16, 60), (24, 40)):
+        found = kinds(dict.fromkeys(EQUAL, 0.6), n, runs)
+        named = sum(count for (kind, _), count in found.items() if kind == "named")
+        assert named / runs < 0.05, found
+        assert found["kept", "acc_proto_ref"] > 0.4 * runs, found
+
+
+@pytest.mark.usefixtures("fewer_deals")
+def test_a_signal_beside_none_cannot_tell() -> None:
+    curves, quality = like(dict.fromkeys(EQUAL, 0.6), 16, 7)
+    found = judge(curves, quality, in_use="acc_proto_ref")
+    current = next(s for s in found.scores if s.metric == "acc_proto_ref")
+    assert found.scores[0].signal and current.p_alone > LEVEL and not current.worse
+    assert (found.kind, found.curve) == ("unknown", None)
+    best = found.scores[0]
+    assert found.sentence == (
+        f"The data can't tell which curve to stop on: {best.metric} ({best.text(', ')}) has a signal; acc_proto_ref, "
+        f"in use ({current.text(', ')}), has none of its own and is not told apart from it (n = 16)."
+    )
+
+
+@pytest.mark.usefixtures("fewer_deals")
+def test_a_clearly_better_curve_is_named_in_most_searches() -> None:
+    strength = dict.fromkeys(EQUAL, 0.3) | {"inst_ref": 0.9}
+    for n, runs, least in ((27, 20, 12), (40, 20, 17)):
+        found = kinds(strength, n, runs)
+        assert found["named", "inst_ref"] >= least, found
+        assert sum(count for (kind, _), count in found.items() if kind == "named") == found["named", "inst_ref"]
+
+
+@pytest.mark.usefixtures("fewer_deals")
+def test_says_that_it_cannot_tell_on_shuffled_objectives(tmp_path: Path) -> None:
     search = known_search(tmp_path / "s")
-    metrics = ("acc_proto_ref", "acc_proto", "inst_ref", "nce_ref", "loss")
     recording = Recording.of(search)
-    curves = {m: recording.values(m)[:, [2, 5, 8]] for m in metrics}
-    kinds: Counter[str] = Counter()
+    curves = {m: recording.values(m)[:, [2, 7]] for m in ("acc_proto_ref", "acc_proto", "inst_ref", "nce_ref", "loss")}
+    found: Counter[str] = Counter()
     for seed in range(200):
         dealt = np.random.default_rng(seed).permutation(recording.good)
-        kinds[judge(curves, dealt, in_use="acc_proto_ref", seed=seed).kind] += 1
-    assert kinds["unknown"] > 190, kinds  # fewer than 5 % are wrong
+        found[judge(curves, dealt, in_use="acc_proto_ref", seed=seed).kind] += 1
+    assert found["unknown"] > 190, found  # fewer than 5 % are wrong
     dealt = np.random.default_rng(0).permutation(search.trials["objective"])
-    found = audit(replace(search, trials=search.trials.assign(objective=dealt)))
-    assert found.verdict.curve is None and found.verdict.scores[0].p > LEVEL
-    assert found.verdict.sentence.startswith("The data can't tell which curve to stop on: no curve ranks 40 trials")
-
-
-def test_names_it_in_most_searches_of_27_trials() -> None:
-    named = 0
-    for seed in range(40):
-        chance = np.random.default_rng(seed)
-        quality = chance.normal(size=27)
-        curves = {
-            m: s * quality[:, None] + math.sqrt(1 - s * s) * chance.normal(size=(27, 3))
-            for m, s in {"acc_proto_ref": 0.3, "inst_ref": 0.85, "acc_proto": 0.3, "nce_ref": 0.3}.items()
-        }
-        named += judge(curves, quality, in_use="acc_proto_ref", seed=seed).curve == "inst_ref"
-    assert named >= 36
+    one = audit(replace(search, trials=search.trials.assign(objective=dealt)))
+    assert one.verdict.curve is None and one.verdict.scores[0].p > LEVEL
+    assert one.verdict.sentence.startswith("The data can't tell which curve to stop on: no curve ranks 40 trials")
 
 
 def test_a_curve_that_is_not_there_at_a_rung_ranks_nothing_there() -> None:
@@ -220,7 +250,9 @@ def test_too_few_trials_no_values_and_an_objective_that_is_a_curve_cannot_tell(t
     empty = judge({"inst_ref": np.full((20, 2), np.nan)}, np.arange(20.0), in_use=None)
     assert empty.kind == "unknown" and "at no rung have 8 trials a value" in empty.sentence
     nothing = audit(known_search(tmp_path / "none", 4, rungs=(3.0,), stopped={i: 3 for i in range(4)}))
-    assert nothing.n == 0 and nothing.verdict.curve is None and nothing.lines()
+    assert nothing.n == 0 and nothing.verdict.curve is None and nothing.table.empty and nothing.kept.empty
+    assert len(nothing.lines()) == 4 and not any(" of 0" in line or "- (" in line for line in nothing.lines())
+    assert list(nothing.table.columns) == list(few.table.columns) and nothing.fields.empty
 
 
 def test_where_trials_were_stopped_the_sample_is_survivors_and_no_other_curve_is_named(tmp_path: Path) -> None:
@@ -228,10 +260,18 @@ def test_where_trials_were_stopped_the_sample_is_survivors_and_no_other_curve_is
     found = audit(known_search(tmp_path / "s", 60, rungs=(3.0, 6.0), stopped=stopped))
     assert (found.n, found.stopped, found.rungs) == (45, 15, (3.0, 6.0))
     assert found.verdict.curve is None and "15 trials were stopped on acc_proto_ref" in found.verdict.sentence
-    assert "survivors (n = 45)" in found.verdict.sentence
+    assert "survivors (n = 45) it tends to look worse than it is (best there: inst_ref 0." in found.verdict.sentence
     assert any(line.startswith("note: the search stopped 15 of 60 trials on acc_proto_ref") for line in found.lines())
     kept = audit(known_search(tmp_path / "k", 60, best="acc_proto_ref", rungs=(3.0, 6.0), stopped=stopped))
     assert kept.verdict.curve == "acc_proto_ref" and "among the 45 survivors of 60 trials" in kept.verdict.sentence
+    recording = Recording.of(known_search(tmp_path / "k", 60, rungs=(3.0, 6.0), stopped=stopped))
+    curves = {m: recording.values(m)[recording.ranking][:, [2, 5]] for m in ("acc_proto_ref", "inst_ref")}
+    more = {"in_use": "acc_proto_ref", "stopped": 15, "stops": False, "inferred": True}
+    guess = judge(curves, recording.good[recording.ranking], **more)
+    assert "15 trials ended after fewer reports than others, and if they were stopped on acc_proto" in guess.sentence
+    sure = judge({m: curves["inst_ref"] for m in curves}, recording.good[recording.ranking], **more)
+    assert sure.sentence.startswith("Stop on acc_proto_ref, the metric of this search: ")
+    assert "among the 45 of 60 trials with the most reports; " in sure.sentence
 
 
 # ---------------------------------------------------------------- the tables
@@ -296,31 +336,54 @@ def test_kept_is_the_replay(tmp_path: Path) -> None:
     assert lost["inst_ref"] < lost["acc_proto_ref"]
 
 
-def test_the_same_search_gives_the_same_audit(tmp_path: Path) -> None:
-    search = known_search(tmp_path / "s", 20)
-    one, two = audit(search), audit(search)
-    pd.testing.assert_frame_equal(one.table, two.table)
-    assert one.verdict == two.verdict
+def test_the_searchs_own_mode_says_which_end_is_better(tmp_path: Path) -> None:
+    known_search(tmp_path / "s", chosen_by="inst_ref", metric="inst_ref")
+    plain = audit(load_search(tmp_path / "s"))
+    told = audit(load_search(tmp_path / "s", metric="inst_ref", mode="min"))
+    for rung in (3.0, 12.0):  # curve and objective are both turned: as good as before
+        one, before = cell(told, "inst_ref", rung), cell(plain, "inst_ref", rung)
+        assert one["rho_all"] == pytest.approx(before["rho_all"])
+        assert one["clusters"] == pytest.approx(before["clusters"])  # as the metric is, not turned
+    assert dict(zip(told.kept["metric"], told.kept["lost_of_best_quarter"], strict=True))["inst_ref"] < 4
+
+
+def test_of_many_trials_a_part_is_asked_and_the_audit_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audits, "ENOUGH", 60)
+    monkeypatch.setattr(audits, "PART", 30)
+    search = known_search(tmp_path / "s", 80)
+    found, again = audit(search), audit(search)
+    assert (found.n, found.asked) == (80, 30) and found.table["n"].max() == 30
+    pd.testing.assert_frame_equal(found.table, again.table)
+    assert found.verdict == again.verdict
+    assert found.kept["quarter"].iloc[0] == 20 and "n = 30" in found.verdict.sentence
+    assert any("are of 30 of the 80 finished trials" in note for note in found.notes)
+    assert "n = 30 finished trials" in svg(rank_by_rung(found), "a") and "n = 80" in svg(lost_for_spent(found), "b")
+    monkeypatch.setattr(audits, "ENOUGH", 80)
+    assert audit(search).asked == 80
 
 
 def test_charts_state_their_question_and_n(tmp_path: Path) -> None:
     found = audit(known_search(tmp_path / "s"))
     for draw in (rank_by_rung, lost_for_spent):
         page = svg(draw(found), draw.__name__)
-        assert "n = 40 finished trials" in page and "acc_proto_ref (in use)" in page
+        assert "n = 40 finished trials" in page and "acc_proto_ref (the search" in page
+        assert "acc_proto_ref (in use)" in svg(draw(replace(found, stops=True)), draw.__name__)
     few = audit(known_search(tmp_path / "few", 7))
     assert "8 are needed" in svg(rank_by_rung(few), "few")
     nothing = audit(known_search(tmp_path / "none", 2, rungs=(3.0,), stopped={0: 3, 1: 3}))
     assert "nothing can be lost" in svg(lost_for_spent(nothing), "none")
 
 
-def test_the_script_prints_the_audit_and_writes_its_table(tmp_path: Path) -> None:
+def test_the_script_prints_the_audit_and_writes_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     known_search(tmp_path / "s")
     command = [sys.executable, str(SCRIPT), str(tmp_path / "s"), "--csv", str(tmp_path / "table.csv")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "Stop on inst_ref" in done.stdout, done.stderr
     assert len(pd.read_csv(tmp_path / "table.csv")) == 6 * 4
-    below_a_file = [*command[:-1], str(tmp_path / "table.csv" / "table.csv")]
-    for wrong in ([sys.executable, str(SCRIPT), str(tmp_path / "no")], below_a_file):
-        failed = subprocess.run(wrong, capture_output=True, text=True)
-        assert failed.returncode == 2 and failed.stderr and "Traceback" not in failed.stderr
+    below_a_file = [tmp_path / "s", "--csv", tmp_path / "table.csv" / "table.csv"]
+    for wrong in ([tmp_path / "no\nnote: forged\x1b[31m"], below_a_file):
+        assert run_script(SCRIPT, wrong, monkeypatch) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error[:-1].isprintable()

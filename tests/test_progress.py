@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from landscapes import space_of_text, write_landscape
+from landscapes import space_of_text, with_objectives, write_landscape
 
-from hpcl.analysis.progress import best_so_far
+from hpcl.analysis.progress import best_so_far, finishes
 from hpcl.errors import UserError
 
 SPACE = space_of_text("space: {topk.margin: {float: [0.5, 2.0]}}")
@@ -63,6 +63,20 @@ def test_wall_time_is_the_search_s_length_spread_evenly(tmp_path: Path) -> None:
     wall = best_so_far(write_landscape(tmp_path / "a", SPACE, [0.5, 0.7], trials=2)).wall()
     assert wall is not None
     np.testing.assert_allclose(wall, [0.1, 0.2])  # 720 s in all
+
+
+def test_what_is_no_number_is_left_out_and_that_is_said(tmp_path: Path) -> None:
+    search = write_landscape(tmp_path / "a", SPACE, [0.5, 0.6, 0.7], trials=3, facts={"seconds": "abc"})
+    search = with_objectives(search, [0.5, float("inf"), 0.7])
+    progress = best_so_far(search)
+    np.testing.assert_allclose(progress.best, [0.5, 0.7])
+    assert progress.wall_hours is None and progress.wall() is None
+    assert len(finishes(search)[0]) == 2
+    endless = replace(search, epochs=search.epochs.assign(acc_proto_ref=[0.1, np.inf, 0.2, 0.3, 0.1, 0.1]))
+    np.testing.assert_allclose(best_so_far(endless, "acc_proto_ref").best, [0.1, 0.2, 0.3])
+    search = write_landscape(tmp_path / "a", SPACE, [0.5, 0.6, 0.7], trials=3, chosen_by="acc_proto_ref")
+    gone = replace(search, epochs=search.epochs[search.epochs["trial_id"] != "0000"])
+    assert "1 finished trial without rows in epochs" in best_so_far(gone).notes[0]
 
 
 def test_without_finished_trials_there_is_no_step(tmp_path: Path) -> None:

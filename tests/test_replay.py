@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import write_search
+from recorded import known_search, run_script, write_search
 from rungs import Log, add, asha, feed
 
+from hpcl.analysis.audit import aligned, audit
 from hpcl.analysis.replay import Recording, cutoff, replay
 from hpcl.errors import UserError
+from hpcl.results import load_search
 
 SCRIPT = Path(__file__).parent.parent / "analysis" / "replay.py"
 
@@ -54,25 +58,18 @@ def as_the_scheduler(
     return log
 
 
-@settings(max_examples=120, deadline=None)
+rules = st.tuples(st.sampled_from([2, 3, 4]), st.integers(1, 4), st.sampled_from([1, 3]), st.sampled_from([1, 2, 5]))
+
+
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 10**9),
-    st.sampled_from([2, 3, 4]),
-    st.integers(1, 4),
-    st.sampled_from([1, 3]),
-    st.sampled_from([1, 2, 5]),
+    st.lists(rules, min_size=6, max_size=6, unique=True),
     st.sampled_from(["acc_proto_ref", "nce_ref"]),
     st.booleans(),
 )
 def test_decides_as_the_scheduler(
-    tmp_path_factory: pytest.TempPathFactory,
-    seed: int,
-    factor: int,
-    grace: int,
-    min_peers: int,
-    at_a_time: int,
-    metric: str,
-    even: bool,
+    tmp_path_factory: pytest.TempPathFactory, seed: int, rules: Any, metric: str, even: bool
 ) -> None:
     chance = np.random.default_rng(seed)
     trials, epochs = int(chance.integers(1, 12)), int(chance.integers(5, 18))
@@ -89,15 +86,17 @@ def test_decides_as_the_scheduler(
     )
     recording = Recording.of(search)
     assert [f"{i:04d}" for i in range(trials)] == list(search.trials["trial_id"].iloc[recording.rows])
-    result = replay(recording, metric, grace=grace, factor=factor, min_peers=min_peers, at_a_time=at_a_time)
     mode = "min" if metric == "nce_ref" else "max"
-    rule = {"total": recording.total, "grace": grace, "factor": factor, "min_peers": min_peers}
-    log = as_the_scheduler(curve, lengths, seconds, clock, mode, at_a_time, diverged, **rule)
-    assert {f"{i:04d}" for i in np.flatnonzero(~result.kept)} == set(log.stopped)
-    answered = {trial: rung for trial, _, rung, _ in log.rungs}
-    for i in np.flatnonzero(~result.kept):
-        assert result.stopped_at[i] == answered[f"{i:04d}"]
-    assert result.epochs == len(log.rows)
+    for factor, grace, min_peers, at_a_time in rules:
+        rule: dict[str, Any] = {"grace": grace, "factor": factor, "min_peers": min_peers}
+        result = replay(recording, metric, at_a_time=at_a_time, **rule)
+        total = recording.total
+        log = as_the_scheduler(curve, lengths, seconds, clock, mode, at_a_time, diverged, total=total, **rule)
+        assert {f"{i:04d}" for i in np.flatnonzero(~result.kept)} == set(log.stopped)
+        answered = {trial: rung for trial, _, rung, _ in log.rungs}
+        for i in np.flatnonzero(~result.kept):
+            assert result.stopped_at[i] == answered[f"{i:04d}"]
+        assert result.epochs == len(log.rows)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40), st.sampled_from([1.5, 2, 2.5, 3, 4, 7]))
@@ -196,22 +195,97 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         replay(recording, "nce_ref", factor=0)
     with pytest.raises(UserError, match="min_peers is 0"):
         replay(recording, "nce_ref", min_peers=0)
+    with pytest.raises(UserError, match=r"grace is 1e-09 and factor 1.0000001, but .* at most 1000 rungs up to 8, not"):
+        replay(recording, "nce_ref", grace=1e-9, factor=1.0000001)  # before: hours
+    assert len(recording.rungs(1e-3, 1.01)) == 904
+
+
+@pytest.mark.parametrize("factor", ["abc", 0.5, -3, 1, math.nan, math.inf, True, [2], None])
+def test_a_factor_that_cannot_be_is_as_none(tmp_path: Path, factor: Any) -> None:
+    recording = rising(tmp_path)
+    about = replace(recording.search.about, factor=factor)
+    recording = replace(recording, search=replace(recording.search, about=about))
+    assert recording.factor == 2 and replay(recording, "nce_ref").rungs == (2.0, 4.0)
+
+
+def test_the_searchs_own_mode_says_which_end_is_better(tmp_path: Path) -> None:
+    rising(tmp_path)
+    told = Recording.of(load_search(tmp_path, metric="acc_proto_ref", mode="min"))
+    assert replay(told, "acc_proto_ref", grace=2, factor=2).kept.tolist() == [True] + [False] * 7
+    assert (told.values("acc_proto_ref") == -rising(tmp_path).values("acc_proto_ref")).all()
+    for name, values in (("val_loss", range(8, 0, -1)), ("val_f1", range(8))):  # better from trial to trial
+        folder = tune_folder(tmp_path / name, name, values)
+        assert replay(Recording.of(load_search(folder, metric=name)), name, grace=1, factor=2).kept.all(), name
+
+
+def test_in_tunes_folders_a_stop_is_only_inferred(tmp_path: Path) -> None:
+    folder = tune_folder(tmp_path / "x", "val_loss", range(8), reports=[4] * 6 + [2] * 2)
+    recording = Recording.of(load_search(folder, metric="val_loss"))
+    assert recording.stopped == 2
+    assert recording.notes[0].startswith("2 of 8 trials ended after fewer reports than others (stopped, or a shorter s")
+    assert "the search stopped" not in recording.notes[0] and "tends to look worse" in recording.notes[0]
+
+
+def tune_folder(folder: Path, metric: str, values: Any, reports: Any = (4,) * 8) -> Path:
+    """An experiment of Ray Tune: constant curves of these values, and as many reports."""
+    for i, (value, count) in enumerate(zip(values, reports, strict=True)):
+        (folder / f"t{i}").mkdir(parents=True)
+        lines = [{"training_iteration": k + 1, "trial_id": f"x{i}", metric: value} for k in range(count)]
+        (folder / f"t{i}" / "result.json").write_text("\n".join(map(json.dumps, lines)))
+    ended = [[json.dumps({"trial_id": f"x{i}", "status": "TERMINATED"}), "{}"] for i in range(8)]
+    (folder / "experiment_state-1.json").write_text(json.dumps({"trial_data": ended}))
+    return folder
 
 
 def test_the_script_prints_a_row_per_combination(tmp_path: Path) -> None:
     rising(tmp_path / "s")
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "s")]
     more = ["--metric", "nce_ref", "acc_proto_ref", "--grace", "2", "--factor", "2", "3"]
-    done = subprocess.run([*command, *more], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "s"), *more], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
     assert [row[:3] for row in table[1:]] == [
         ["nce_ref", "2", "2"], ["nce_ref", "2", "3"], ["acc_proto_ref", "2", "2"], ["acc_proto_ref", "2", "3"],
     ]  # fmt: skip
     assert "34 %" in done.stdout and "2 of 2" in done.stdout
-    default = subprocess.run(command, capture_output=True, text=True)
-    assert default.returncode == 0 and default.stdout.count("  acc_proto_ref") == 9
-    wrong = subprocess.run([*command, "--metric", "acc_porto"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "acc_porto" in wrong.stderr and "Traceback" not in wrong.stderr
-    none = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "no")], capture_output=True, text=True)
-    assert none.returncode == 2 and "there is no such folder" in none.stderr
+
+
+def test_the_script_has_defaults_and_names_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rising(tmp_path / "s")
+    assert run_script(SCRIPT, [tmp_path / "s"], monkeypatch) == 0
+    assert capsys.readouterr().out.count("  acc_proto_ref") == 9
+    for arguments, said in (
+        ([tmp_path / "s", "--metric", "acc_porto"], "acc_porto"),
+        ([tmp_path / "s", "--grace", "1e-9", "--factor", "1.0000001"], "at most 1000 rungs"),
+        ([tmp_path / "no\nnote: forged\x1b[31m"], "no note: forged\\x1b[31m: there is no such folder"),
+    ):
+        assert run_script(SCRIPT, arguments, monkeypatch) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
+
+
+def test_the_script_shows_no_table_where_nothing_finished_and_prints_names_harmlessly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "none\nnote: forged \x1b[31m"
+    rising(folder, stopped={i: 2 for i in range(8)}, rungs=(2.0,))
+    assert run_script(SCRIPT, [folder], monkeypatch) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("none note: forged \\x1b[31m: 0 trials finished") and len(out) == 3
+    assert out[1] == "no trial finished with an objective: nothing can be lost"
+    assert out[2].startswith("note: the search stopped 8 of 8 trials")
+
+
+def test_names_forge_no_line_of_the_audit(tmp_path: Path) -> None:
+    hostile = "a\nnote: forged\x1b[31m"
+    search = known_search(tmp_path / "s")
+    column = search.fields["moco.temperature"].column
+    fields = {hostile: replace(search.fields["moco.temperature"], path=hostile)}
+    named = search.trials.rename(columns={column: "config." + hostile})
+    about = replace(search.about, name=hostile, notes=())
+    text = audit(replace(search, trials=named, fields=fields, about=about)).lines()
+    assert text[0].startswith("a note: forged\\x1b[31m: 40 trials")
+    assert all(line.isprintable() for line in text) and not any(line.startswith("note: forged") for line in text)
+    assert any(line.endswith(" a note: forged\\x1b[31m") for line in text)
+    assert aligned([["a\nb", "c"], ["d", "\x1b"]]) == ["  a b  c", "  d    \\x1b"]

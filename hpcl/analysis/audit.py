@@ -3,8 +3,9 @@
     from hpcl.analysis.audit import audit
     print("\\n".join(audit(load_search("results/<name>")).lines()))
 
-Asked are the trials that finished with an objective. Best is a search that stopped nothing (``search.grace: null``):
-where trials were stopped, those that finished are a biased sample, and the audit says so.
+Asked are the trials that finished with an objective; of more than 2,000 of them a random 1,000, by a seed. Best is a
+search that stopped nothing (``search.grace: null``): where trials were stopped, those that finished are a biased
+sample, and the audit says so.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcl.analysis.replay import Recording, replay
-from hpcl.analysis.signals import FEWEST, SPARE, Resamples, association, design, partial, spearman
+from hpcl.analysis.signals import ENOUGH, FEWEST, PART, SPARE, Resamples, association, design, partial, spearman
 from hpcl.analysis.verdict import Verdict, judge
-from hpcl.results.load import SearchResults, sign_of
+from hpcl.errors import harmless
+from hpcl.results.search import SearchResults
 from hpcl.rng import seed_of
 from hpcl.search.clock import reached
 
@@ -47,8 +49,12 @@ class Audit:
     """What the objective is: `linear probe`, or a curve."""
     in_use: str | None
     """The curve that the search stops on, or would."""
+    stops: bool
+    """Whether the search stops trials on it."""
     n: int
-    """Trials that finished with an objective: those that are asked."""
+    """Trials that finished with an objective."""
+    asked: int
+    """Those of them that `table`, `fields` and `verdict` are of: in large searches a part."""
     diverged: int
     """Trials that diverged; they are in `kept`, not in the correlations."""
     stopped: int
@@ -73,24 +79,26 @@ class Audit:
     clusters: with the number of clusters at that epoch, as the metric is, not turned to + for good;
     field, field_rho: the searched field it goes with most (as the metric is), and how strongly.
 
-    NaN where it cannot be told: fewer than 8 trials, nothing but equal values, too many fields.
+    NaN where it cannot be told: fewer than 8 trials, nothing but equal values, too many fields. No rows where no trial
+    finished.
     """
     fields: pd.DataFrame
     """metric, rung, last, field, rho, n: how strongly the metric goes with every searched field."""
     kept: pd.DataFrame
     """One row per metric, replayed at the rungs `replayed` with `factor`: metric, kept (trials),
     epochs_share (of full training, 0..1), hours, quarter (trials in the best quarter), lost_of_best_quarter (trials),
-    best_rank (of the best kept trial, 1 is the best of all), regret (in units of the objective)."""
+    best_rank (of the best kept trial, 1 is the best of all), regret (in units of the objective). No rows where no
+    trial finished."""
     verdict: Verdict
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The answer, the tables and the notes, for a terminal."""
+        """The answer, the tables and the notes, for a terminal: names cannot forge a line or hide one."""
         head = f"{self.name}: {self.n} trials finished" + (f", {self.diverged} diverged" if self.diverged else "")
         head += f", {self.stopped} were stopped" if self.stopped else ""
-        text = [head, self.verdict.sentence]
+        text = [one_line(head), one_line(self.verdict.sentence)]
         if self.n >= FEWEST:
-            text += ["", f"rank correlation with {self.chosen_by}, 95 % interval", *self._ranks()]
+            text += ["", one_line(f"rank correlation with {self.chosen_by}, 95 % interval"), *self._ranks()]
         if len(self.kept):
             rungs = ", ".join(f"{rung:g}" for rung in self.replayed) or "none"
             text += [
@@ -98,7 +106,7 @@ class Audit:
                 f"what stopping by each would have kept (rungs {rungs}, factor {self.factor:g})",
                 *self._kept(),
             ]
-        return text + ([""] if self.notes else []) + [f"note: {note}" for note in self.notes]
+        return text + ([""] if self.notes else []) + [one_line(f"note: {note}") for note in self.notes]
 
     def _ranks(self) -> list[str]:
         cells = [("curve", "epoch", "n", "all trials", "better half", "given fields", "with knn", "clusters", "field")]
@@ -144,26 +152,33 @@ def audit(search: SearchResults, *, seed: int = 0) -> Audit:
     Args:
         search: of :func:`hpcl.results.load_search`; the rungs are its own, or where it stopped nothing those at a
             quarter, half and three quarters of the way from the fork to the end, in whole epochs.
-        seed: of resampling and permutations.
+        seed: of resampling, permutations and the part of a large search that is asked.
     """
     recording = Recording.of(search)
     about = search.about
-    metrics = search.measured(tuple(dict.fromkeys((*CURVES, *([about.metric] if about.metric else [])))))
+    stops = bool(about.rungs) or (recording.stopped > 0 and about.kind == "hpcl")
+    names = (*CURVES, *([about.metric] if about.metric else []))
+    metrics = search.measured(tuple(dict.fromkeys(names))) if recording.n else ()
     rungs = about.rungs or tuple(
         rung for k in (1, 2, 3) if not reached(rung := about.fork + k * recording.grace, recording.total)
     )
-    finished = recording.ranking
+    finished = recording.ranking  # the best first, and so in a part of it
+    if recording.n > ENOUGH:
+        draw = np.random.default_rng(seed_of(seed, "audit", 3))
+        finished = finished[np.sort(draw.choice(recording.n, PART, replace=False))]
     good = recording.good[finished]
-    asked = {m: _at_rungs(recording, m, rungs) for m in metrics}
+    asked = {m: _at_rungs(recording, finished, m, rungs) for m in metrics}
     verdict = judge(
         {m: values[:, : len(rungs)] for m, (values, _) in asked.items() if m not in LABELLED},
         good,
         in_use=about.metric,
         chosen_by=search.chosen_by,
+        stops=stops,
         stopped=recording.stopped,
+        inferred=about.kind == "tune",
         seed=seed,
     )
-    cells = _Cells(recording, seed)
+    cells = _Cells(recording, finished, seed)
     table, fields = [], []
     for metric, (values, epochs) in asked.items():
         for r, rung in enumerate((*rungs, recording.total)):
@@ -172,6 +187,11 @@ def audit(search: SearchResults, *, seed: int = 0) -> Audit:
             table.append(place | row)
             fields += [place | row for row in of_fields]
     notes = list(recording.notes)
+    if cells.n < recording.n:
+        notes.append(
+            f"correlations, their intervals and the verdict are of {cells.n:,} of the {recording.n:,} finished trials, "
+            "drawn at random by a seed; what stopping would have kept is of all"
+        )
     columns = cells.given.shape[1]
     if cells.n < columns + SPARE and cells.n >= FEWEST:
         notes.append(
@@ -184,7 +204,9 @@ def audit(search: SearchResults, *, seed: int = 0) -> Audit:
         name=about.name,
         chosen_by=search.chosen_by,
         in_use=about.metric,
+        stops=stops,
         n=recording.n,
+        asked=cells.n,
         diverged=recording.diverged,
         stopped=recording.stopped,
         rungs=tuple(rungs),
@@ -211,21 +233,27 @@ _KEPT = (
 
 
 def _at_rungs(
-    recording: Recording, metric: str, rungs: Sequence[float]
+    recording: Recording, finished: NDArray[np.int64], metric: str, rungs: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """A curve of the finished trials at the rungs and at the end, and the columns of these epochs (-1: no value)."""
+    """A curve of these trials at the rungs and at the end, and the columns of these epochs (-1: no value)."""
     values = recording.values(metric)
     epochs = np.column_stack([recording.answers(values, rungs), recording.last])
     every = np.arange(len(values))[:, None]
     found = np.where(epochs >= 0, values[every, epochs], np.nan)
-    return found[recording.ranking], epochs[recording.ranking]
+    return found[finished], epochs[finished]
 
 
 class _Cells:
-    """Statistics of a curve at one rung, over the finished trials, the best first."""
+    """Statistics of a curve at one rung.
 
-    def __init__(self, recording: Recording, seed: int) -> None:
-        search, finished = recording.search, recording.ranking
+    Args:
+        recording: of the search.
+        finished: places in it of the finished trials to look at, the best first.
+        seed: of resampling.
+    """
+
+    def __init__(self, recording: Recording, finished: NDArray[np.int64], seed: int) -> None:
+        search = self._search = recording.search
         self.n = len(finished)
         trials = search.trials.iloc[recording.rows[finished]]
         self.good = recording.good[finished]
@@ -233,7 +261,7 @@ class _Cells:
         self.given = design(search.fields, trials)
         self._fields = [f for f in search.fields.values() if f.column in trials]
         self._positions = [np.where(f.acts(trials), f.positions(trials[f.column]), np.nan) for f in self._fields]
-        self._clusters = recording.search.curves("clusters")[recording.rows[finished]]
+        self._clusters = search.curves("clusters")[recording.rows[finished]]
         self._knn = np.full(self.n, np.nan)
         if search.measured(["knn"]):
             for i, curve in enumerate(recording.values("knn")[finished]):
@@ -259,7 +287,7 @@ class _Cells:
         row["partial_half"] = partial(values, self.half, self.given)[0]
         row["knn"] = spearman(values, self._knn)
         row["knn_low"], row["knn_high"] = self._resamples.interval(values, self._knn)
-        plain = sign_of(metric) * values
+        plain = self._search.sign_of(metric) * values
         clusters = np.where(epochs >= 0, self._clusters[np.arange(self.n), epochs], np.nan)
         row["clusters"] = spearman(plain, clusters)
         fields: list[dict[str, Any]] = []
@@ -298,9 +326,15 @@ def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines of a table, columns side by side."""
+    """Rows of text as lines of a table, columns side by side; each row is one line, whatever its cells hold."""
+    cells = [[one_line(cell) for cell in row] for row in cells]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return ["  " + "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def one_line(text: str) -> str:
+    """The text as one line without control characters: a name with a line break must not forge a line."""
+    return harmless(" ".join(text.split()))
 
 
 def _number(value: float) -> str:

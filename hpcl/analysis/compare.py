@@ -9,20 +9,32 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcl.analysis.pooled import differences
+from hpcl.analysis.pooled import (
+    base_differences,
+    counted,
+    differences,
+    given_twice,
+    one_line,
+    retrained,
+    space_of,
+)
 from hpcl.analysis.progress import Progress, best_so_far
 from hpcl.errors import UserError, harmless
 from hpcl.results.fields import Field
-from hpcl.results.load import PROBE, load_searches
+from hpcl.results.load import load_searches
+from hpcl.results.search import PROBE
 from hpcl.validation import show
 
 if TYPE_CHECKING:
+    from hpcl.analysis.pooled import Retrained
     from hpcl.results import SearchResults
+    from hpcl.search.space import Space
 
 PARTS = (0.25, 0.5, 0.75, 1.0)
 """Parts of the hours that all searches spent, at which they are compared."""
@@ -76,7 +88,9 @@ class Comparison:
     progress: tuple[Progress, ...]
     """Best so far of each over what it spent."""
     apart: tuple[str, ...]
-    """Why their objectives are not on one scale; empty where they are."""
+    """Why their objectives do not compare; empty where they do."""
+    winners: tuple[Mapping[str, Any], ...]
+    """Searched values of each search's winner that acted, by path; empty where nothing finished."""
     common: float | None
     """What the one that spent least had spent; None where they count different things, such as CPU- and GPU-hours."""
     differences: tuple[Difference, ...]
@@ -92,15 +106,12 @@ class Comparison:
             lines += ["", f"best so far after the same {self.progress[0].unit}", *_table(self._same_hours())]
         lines += ["", "winning values", *_table(self._winners()), ""]
         lines += [f"seeds  {difference.text()}" for difference in self.differences]
-        return lines + [f"note   {note}" for note in self.notes]
+        lines += [f"note   {note}" for note in self.notes]
+        return [one_line(line) for line in lines]
 
     def winning(self, path: str) -> list[Any]:
         """The value of a field in each search's winner; None where it did not act, or nothing finished."""
-        found = []
-        for search in self.searches:
-            best = search.best
-            found.append(None if best is None else search.values(str(best["trial_id"])).get(path))
-        return found
+        return [winner.get(path) for winner in self.winners]
 
     def fields(self) -> list[str]:
         """Paths that at least one of them searched, in order."""
@@ -149,34 +160,52 @@ def compare(searches: Sequence[SearchResults]) -> Comparison:
 
     Args:
         searches: of :func:`hpcl.results.load_search`, at least two. Where their images or objectives differ that is
-            said, not refused: hours and values can still be looked at.
+            said, not refused: hours and values can still be looked at. So where their bases differ in the length of
+            training or the split of the images, as far as both have a space.
 
     Raises:
-        UserError: fewer than two.
+        UserError: fewer than two, or a folder is given twice.
     """
+    if twice := given_twice(searches):
+        raise UserError(*map(one_line, twice))
     if len(searches) < 2:
-        raise UserError(f"{len(searches)} search is given, but at least two are needed to compare")
+        raise UserError(f"{counted(len(searches), 'search', 'searches')} given, but at least two are needed to compare")
     names = _names(searches)
     progress = tuple(best_so_far(search) for search in searches)
-    apart = tuple(differences(searches))
+    spaces = [_space(search) for search in searches]
+    first = (searches[0], spaces[0])
+    apart = [
+        why for other in zip(searches, spaces, strict=True) if other[0] is not first[0] for why in _apart(first, other)
+    ]
     same_unit = len({each.unit for each in progress}) == 1
-    notes = [f"{name}: {note}" for name, each in zip(names, progress, strict=True) for note in each.notes]
+    notes = [
+        f"{name}: {note}"
+        for name, search, each in zip(names, searches, progress, strict=True)
+        for note in (*search.about.notes, *each.notes)
+    ]
     if not same_unit:
         notes.append(f"spent in {' and '.join(sorted({p.unit for p in progress}))}: no same hours to compare at")
     found: list[Difference] = []
+    seeded = []
+    for search in searches:
+        best, lost = _seeded(search)
+        seeded.append(best)
+        notes += lost
     for a, b in itertools.combinations(range(len(searches)), 2):
-        if apart:
+        sides = ((searches[a], spaces[a]), (searches[b], spaces[b]))
+        if _apart(*sides, retrained=True):
             continue
-        made = _difference((searches[a], searches[b]), (names[a], names[b]))
+        made = _difference((searches[a], searches[b]), (names[a], names[b]), (seeded[a], seeded[b]))
         if isinstance(made, Difference):
             found.append(made)
-        else:
+        elif not _apart(*sides):
             notes.append(made)
     return Comparison(
         searches=tuple(searches),
         names=names,
         progress=progress,
-        apart=apart,
+        apart=tuple(apart),
+        winners=tuple({} if s.best is None else s.values(str(s.best["trial_id"])) for s in searches),
         common=min(each.total for each in progress) if same_unit else None,
         differences=tuple(found),
         notes=tuple(notes),
@@ -190,7 +219,7 @@ def main(folders: Sequence[Path]) -> None:
         UserError: fewer than two folders, or some cannot be read, with all reasons.
     """
     if len(folders) < 2:
-        raise UserError(f"{len(folders)} folder is given, but at least two are needed to compare")
+        raise UserError(f"{counted(len(folders), 'folder')} given, but at least two are needed to compare")
     print(harmless("\n".join(compare(load_searches(folders)).lines())), flush=True)
 
 
@@ -221,17 +250,38 @@ def range_text(field: Field) -> str:
     return f"{seen}[{low}, {high}]{' log' if field.log else ''}"
 
 
-def _difference(pair: tuple[SearchResults, SearchResults], names: tuple[str, str]) -> Difference | str:
+def _space(search: SearchResults) -> Space | None:
+    """The space as it was searched; None where there is none that can be read."""
+    with suppress(UserError):
+        return space_of(search)
+    return None
+
+
+def _apart(
+    first: tuple[SearchResults, Space | None], other: tuple[SearchResults, Space | None], *, retrained: bool = False
+) -> list[str]:
+    """Why the objectives of two searches, or of their retraining, do not compare."""
+    why = differences([first[0], other[0]])
+    if first[1] is not None and other[1] is not None:
+        why += base_differences((first[0], first[1]), (other[0], other[1]), retrained=retrained)
+    return why
+
+
+def _difference(
+    pair: tuple[SearchResults, SearchResults],
+    names: tuple[str, str],
+    seeded: tuple[Retrained | None, Retrained | None],
+) -> Difference | str:
     """What seeds say of two searches, or why they say nothing and what one run can tell."""
-    seeded = [_seeded(search) for search in pair]
     a, b = seeded
     if a is None or b is None:
         return _one_run(pair, names, [n for n, s in zip(names, seeded, strict=True) if s is None])
-    if a[1] != b[1]:
-        return f"{names[0]} was retrained for {a[1]} epochs, {names[1]} for {b[1]}: their seeds do not compare"
+    if a.epochs != b.epochs:
+        length = counted(a.epochs, "epoch")
+        return f"{names[0]} was retrained for {length}, {names[1]} for {b.epochs}: their seeds do not compare"
     from scipy.stats import permutation_test, ttest_ind
 
-    x, y = a[2], b[2]
+    x, y = a.objectives, b.objectives
     difference = statistics.fmean(x) - statistics.fmean(y)
     low = high = difference
     if len({*x}) > 1 or len({*y}) > 1:  # else there is no spread at all
@@ -240,18 +290,21 @@ def _difference(pair: tuple[SearchResults, SearchResults], names: tuple[str, str
     if len(x) + len(y) <= EXACT:
         p = float(permutation_test((x, y), lambda u, v: statistics.fmean(u) - statistics.fmean(v)).pvalue)
     return Difference(
-        names, (a[0], b[0]), (len(x), len(y)), (statistics.fmean(x), statistics.fmean(y)), difference, low, high, p
+        names,
+        (a.trial_id, b.trial_id),
+        (len(x), len(y)),
+        (statistics.fmean(x), statistics.fmean(y)),
+        difference,
+        low,
+        high,
+        p,
     )
 
 
-def _seeded(search: SearchResults) -> tuple[str, int, list[float]] | None:
-    """Trial, epochs and objectives of the best retrained configuration with two seeds or more and none lost."""
-    found = []
-    for trial, rows in search.retrain.groupby("trial_id", sort=False):
-        values = [float(value) for value in rows["objective"].dropna()]
-        if len(values) >= 2 and not rows["state"].isin(["failed", "diverged"]).any():
-            found.append((str(trial), int(rows["epochs"].max()), values))
-    return max(found, key=lambda each: search.sign * statistics.fmean(each[2]), default=None)
+def _seeded(search: SearchResults) -> tuple[Retrained | None, list[str]]:
+    """The best retrained configuration with two seeds or more and none lost, and notes on those left out."""
+    found, notes = retrained(search)
+    return max(found, key=lambda each: search.sign * statistics.fmean(each.objectives), default=None), notes
 
 
 def _one_run(pair: tuple[SearchResults, SearchResults], names: tuple[str, str], lacking: Sequence[str]) -> str:
@@ -261,22 +314,27 @@ def _one_run(pair: tuple[SearchResults, SearchResults], names: tuple[str, str], 
         values = [float(row["objective"]) for row in best if row is not None]
         text += f" ({values[0]:.4f} and {values[1]:.4f})"
         if pair[0].chosen_by == PROBE:
-            images = probe_images([float(v) for search in pair for v in search.finished["objective"]])
-            if images is None:
+            known = pair[0].about.val_images
+            images = known or probe_images([float(v) for search in pair for v in search.finished["objective"]])
+            if not all(0 <= value <= 1 for value in values):
+                text += "; a probe's accuracy must be from 0 to 1, so these are none"
+            elif images is None:
                 text += "; on how many validation images the probe was scored is not known here"
             else:
                 error = math.sqrt(sum(v * (1 - v) for v in values) / images)
                 text += (
-                    f"; the probe was scored on {images} validation images by its values, so the standard error of the "
-                    f"difference is {error:.4f} from the drawing of those images alone"
+                    f"; the probe was scored on {images} validation images{'' if known else ' by its values'}, so the "
+                    f"standard error of the difference is {error:.4f} from the drawing of those images alone"
                 )
     folders = " and ".join(str(s.folder) for s, name in zip(pair, names, strict=True) if name in lacking)
     return f"{text}; `hpcl retrain` {folders} with two seeds or more can"
 
 
 def _names(searches: Sequence[SearchResults]) -> tuple[str, ...]:
-    short = [search.about.name for search in searches]
-    names = [name if short.count(name) == 1 else str(s.folder) for name, s in zip(short, searches, strict=True)]
+    short = [one_line(search.about.name) for search in searches]
+    names = [
+        name if short.count(name) == 1 else one_line(str(s.folder)) for name, s in zip(short, searches, strict=True)
+    ]
     return tuple(f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names))
 
 

@@ -1,11 +1,13 @@
-"""Finished trials of several searches as one set: which can be taken together, and how far they lie apart."""
+"""Finished trials of several searches as one set: which can be taken together, and how far they lie apart.
+
+And which retrained configurations can be judged: those of which no seed was lost.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcl.config import Config
@@ -55,6 +57,8 @@ class Pool:
     chosen_by: str
     sign: float
     """1 where a larger objective is better, else -1."""
+    notes: tuple[str, ...] = ()
+    """What is known of the searches besides, such as what of their files was left out."""
 
     def good(self) -> NDArray[np.float64]:
         """float64 (n,) objectives of `runs`, turned so that larger is better."""
@@ -84,7 +88,7 @@ class Pool:
         places = field.positions(column) if numbers.any() else np.full(len(values), math.nan)
         # What has no place stands in the middle, and APART on an axis of its own: distances of points, of which kernels
         # can be made. With merely APART in between, two ends could lie nearer to it than to one another.
-        middle = np.where(np.isnan(places), 0.5, places)
+        middle = np.where(np.isfinite(places), places, 0.5)
         return np.asarray(np.sqrt((middle[:, None] - middle) ** 2 + APART**2 * (code[:, None] != code)))
 
 
@@ -95,13 +99,7 @@ def pool(searches: Sequence[SearchResults]) -> Pool:
         UserError: they cannot be taken together, with all reasons: different objectives, images, or lengths of
             training, results without a space, no finished trial, or a folder given twice.
     """
-    problems = []
-    seen: dict[Path, Path] = {}
-    for search in searches:
-        place = search.folder.resolve()
-        if place in seen:
-            problems.append(f"{search.folder}: is given twice; leave one out")
-        seen[place] = search.folder
+    problems = given_twice(searches)
     known: list[tuple[SearchResults, Space]] = []
     for search in searches:
         try:
@@ -110,12 +108,12 @@ def pool(searches: Sequence[SearchResults]) -> Pool:
             problems += error.problems
     problems += differences(searches)
     for other, space in known[1:]:
-        problems += _unlike(known[0], (other, space))
+        problems += base_differences(known[0], (other, space))
     if not problems and not any(len(search.finished) for search in searches):
         names = ", ".join(str(search.folder) for search in searches)
         problems.append(f"{names}: no trial finished its schedule with a value, so there is none to choose")
     if problems:
-        raise UserError(*problems)
+        raise UserError(*map(one_line, problems))
     sign = searches[0].sign
     runs = [
         Run(search, space, str(trial), search.values(str(trial)), float(objective))
@@ -131,7 +129,63 @@ def pool(searches: Sequence[SearchResults]) -> Pool:
         fields=fields,
         chosen_by=searches[0].chosen_by,
         sign=sign,
+        notes=tuple(f"{search.about.name}: {note}" for search in searches for note in search.about.notes),
     )
+
+
+def given_twice(searches: Sequence[SearchResults]) -> list[str]:
+    """A sentence for each folder that is there already, by whatever name."""
+    folders = [search.folder.resolve() for search in searches]
+    return [
+        f"{search.folder}: is given twice; leave one out"
+        for i, search in enumerate(searches)
+        if folders[i] in folders[:i]
+    ]
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """A configuration that was retrained with two seeds or more of which none was lost."""
+
+    trial_id: str
+    epochs: int
+    objectives: tuple[float, ...]
+    """One for each seed."""
+
+
+def retrained(search: SearchResults) -> tuple[list[Retrained], list[str]]:
+    """What of a search's retraining can be judged, in its order, and a note on each that cannot."""
+    import numpy as np
+
+    drawn = {str(trial) for trial in search.trials["trial_id"]}
+    found, notes = [], []
+    for trial, runs in search.retrain.groupby("trial_id", sort=False):
+        values = [float(value) for value in runs["objective"].dropna()]
+        lost = [str(state) for state in runs["state"] if state in ("failed", "diverged")]
+        lost += ["infinite" for value in values if not math.isfinite(value)]
+        epochs = runs["epochs"].dropna().to_numpy(dtype=np.float64)
+        why = None
+        if lost:
+            why = f"{counted(len(lost), 'seed')} {lost[0]}"
+        elif str(trial) not in drawn:
+            why = "the search has no such trial"
+        elif values and not len(epochs):
+            why = "for how many epochs is not known"
+        elif len(values) >= 2:
+            found.append(Retrained(str(trial), int(epochs.max()), tuple(values)))
+        if why is not None:
+            notes.append(f"trial {trial} of {search.about.name} was retrained, but is left out: {why}")
+    return found, notes
+
+
+def counted(n: int, noun: str, several: str = "") -> str:
+    """A number of things, such as "1 trial" or "2 trials"."""
+    return f"{n} {noun if n == 1 else several or noun + 's'}"
+
+
+def one_line(text: str) -> str:
+    """The text without ends of lines: a folder's or field's name that holds one must not forge a line."""
+    return " ".join(text.splitlines())
 
 
 def space_of(search: SearchResults) -> Space:
@@ -142,13 +196,14 @@ def space_of(search: SearchResults) -> Space:
     """
     if search.about.kind != "hpcl":
         raise UserError(
-            f"{search.folder}: is Ray Tune's, without a {SPACE} that says the whole configuration; give a results "
-            "folder of hpcl"
+            f"{one_line(str(search.folder))}: is Ray Tune's, without a {SPACE} that says the whole configuration; give "
+            "a results folder of hpcl"
         )
     try:
         return spaces.load(search.folder / SPACE)
     except ConfigError as error:
-        raise UserError(f"{search.folder}: its {SPACE} is needed: {error}") from error
+        why = "; ".join(error.problems)
+        raise UserError(one_line(f"{search.folder}: its {SPACE} is needed: {why}")) from error
 
 
 def differences(searches: Sequence[SearchResults]) -> list[str]:
@@ -181,10 +236,17 @@ def _images(search: SearchResults) -> tuple[str, str | None]:
     return str(search.about.data), str(content) if content else None
 
 
-def _unlike(first: tuple[SearchResults, Space], other: tuple[SearchResults, Space]) -> list[str]:
-    """What else in their bases keeps two searches from being taken together."""
+def base_differences(
+    first: tuple[SearchResults, Space], other: tuple[SearchResults, Space], *, retrained: bool = False
+) -> list[str]:
+    """What in their bases keeps the objectives of two searches from being compared, a sentence each.
+
+    Args:
+        first, other: a search and its space.
+        retrained: of the retraining, which takes all images and lengths of its own.
+    """
     a, b = first[1].base, other[1].base
-    paths = list(_SAME_IMAGES)
+    paths = [path for path in _SAME_IMAGES if not (retrained and path == "data.subset")]
     if first[0].chosen_by in first[0].numeric:  # a curve is what the meters make it
         paths += [path for path in field_paths(Config) if path.startswith("meters.")]
     problems = [
@@ -193,8 +255,10 @@ def _unlike(first: tuple[SearchResults, Space], other: tuple[SearchResults, Spac
         if a.at(path) != b.at(path)
     ]
     lengths = [sum(stage_lengths(config.stages)) for config in (b, a)]
-    if lengths[0] != lengths[1]:
-        problems.append(f"{other[0].folder}: trained {lengths[0]} epochs, but {first[0].folder} {lengths[1]}")
+    if lengths[0] != lengths[1] and not retrained:
+        problems.append(
+            f"{other[0].folder}: trained {counted(lengths[0], 'epoch')}, but {first[0].folder} {lengths[1]}"
+        )
     return problems
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hpcl.analysis.pooled import counted
 from hpcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,14 +75,14 @@ def best_so_far(search: SearchResults, curve: str | None = None) -> Progress:
         good = search.sign
         ends = _ends(search, rows, after)
         if lost := len(search.finished) - len(ends):
-            notes.append(f"{lost} finished trials have no rows in epochs, so when they ended is not known")
+            notes.append(f"{counted(lost, 'finished trial')} without rows in epochs: the time of the end is not known")
         ends.sort(key=lambda end: float(end[0]))
     else:
         if curve not in search.numeric:
             raise UserError(f"{search.folder}: has no curve {curve}; there are: {', '.join(search.numeric)}")
         good = search.sign_of(curve)
         values = rows[curve].to_numpy(dtype=np.float64, na_value=np.nan)
-        known = np.flatnonzero(~np.isnan(values))
+        known = np.flatnonzero(np.isfinite(values))
         ends = [(after[i], float(values[i]), rows["trial_id"].iloc[i]) for i in known]
     steps: list[tuple[Any, float, str]] = []
     for end in ends:
@@ -127,7 +128,8 @@ def _priced(search: SearchResults) -> tuple[Any, NDArray[np.float64], float, str
     if "arrival" in rows and bool(rows["arrival"].notna().any()):  # else the file's order, which is the same
         rows = rows.sort_values("arrival", kind="stable", na_position="last", ignore_index=True)
     own = ~rows["shared"].fillna(False).to_numpy(dtype=bool)
-    seconds = np.where(own, rows["seconds"].to_numpy(dtype=np.float64, na_value=0.0), 0.0)
+    seconds = rows["seconds"].to_numpy(dtype=np.float64, na_value=0.0)
+    seconds = np.where(own & np.isfinite(seconds) & (seconds > 0), seconds, 0.0)
     hours = search.trials.set_index("trial_id")[search.cost_column].fillna(0.0)
     if seconds.sum() <= 0 or float(hours.sum()) <= 0:
         shared = _shared_epochs(search, own)

@@ -6,6 +6,7 @@ corrected for the number of tests (Bonferroni), and no range is judged by fewer 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,12 +27,14 @@ EDGE = 0.1
 """Part of a range that is its edge, at each end."""
 LEVEL = 0.05
 """Level of every test, after the correction."""
-EFFECT = 0.25
-"""Share of the variance of ranks that an effect must be seen to explain before its absence means something."""
+EFFECT = 0.125
+"""Share of the variance of ranks that would have been seen, before seeing nothing means something."""
 POWER = 0.8
 """Probability with which such an effect would have been seen."""
+NO_EFFECT = 0.25
+"""Probability by chance above which nothing is seen; between it and LEVEL nothing is said."""
 
-Verdict = Literal["edge", "matters", "irrelevant", "unclear", "few"]
+Verdict = Literal["edge", "matters", "no effect", "unclear", "few"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Seen:
 
     path: str
     n: int
-    """Finished trials in which it acted."""
+    """Finished trials in which it acted, and whose value has a place in the range."""
     good: int
     """The best quarter of them."""
     at_low: int = 0
@@ -53,6 +56,8 @@ class Seen:
     """Share of the variance of the objective's ranks that a parabola over the range, or the choice, explains."""
     p_effect: float = math.nan
     """Probability of so much by chance (permutations), as it is."""
+    chance: float = math.nan
+    """Share that is explained where there is no effect, on average: terms / (n - 1)."""
     p_corrected: float = math.nan
     """The same times the number of fields, at most 1."""
     power: float = math.nan
@@ -65,6 +70,8 @@ class Seen:
     """Position of the best value of that parabola; None for a choice, and where there is no effect to fit."""
     edge: tuple[float, float] = (EDGE, 1 - EDGE)
     """Positions at which the low edge ends and the high one begins."""
+    no_place: int = 0
+    """Finished trials that are left out, as their value has no place in the range, such as 0 on a logarithm."""
 
     @property
     def edges(self) -> tuple[str, ...]:
@@ -79,8 +86,8 @@ class Seen:
     def verdict(self) -> Verdict:
         """What is to be said: the edge before all else, then whether the field matters.
 
-        `irrelevant`: no effect is seen even without the correction, and one of EFFECT would have been seen with
-        probability POWER. `unclear`: neither an effect nor that there is none.
+        `no effect`: no more is seen than chance gives, and an effect of EFFECT would have been seen with probability
+        POWER. `unclear`: neither an effect nor that there is none.
         """
         if self.n < LEAST:
             return "few"
@@ -88,23 +95,28 @@ class Seen:
             return "edge"
         if self.p_corrected <= LEVEL:
             return "matters"
-        return "irrelevant" if self.p_effect > LEVEL and self.power >= POWER else "unclear"
+        nothing = self.p_effect > NO_EFFECT and self.effect <= self.chance
+        return "no effect" if nothing and self.power >= POWER else "unclear"
 
     def text(self) -> str:
         """The numbers behind the verdict, in words."""
         if self.n < LEAST:
-            return f"n = {self.n} finished, {LEAST} are needed"
+            return f"{self._counts()} finished, {LEAST} are needed"
         edges = [
             f"{count} of the {self.good} best in the {name} tenth, p = {p:.2g}"
             for name, count, p in (("lowest", self.at_low, self.p_low), ("highest", self.at_high, self.p_high))
             if name.removesuffix("est") in self.edges
         ]
         effect = (
-            "one value in all of them"
+            f"one value in {'all that have a place' if self.no_place else 'all of them'}"
             if math.isnan(self.effect)
-            else f"explains {self.effect:.0%} of the ranks, p = {self.p_effect:.2g} ({self.p_corrected:.2g} corrected)"
+            else f"explains {self.effect:.0%} of the ranks ({self.chance:.0%} by chance), p = {self.p_effect:.2g} "
+            f"({self.p_corrected:.2g} corrected)"
         )
-        return f"n = {self.n}: {'; '.join([*edges, effect])}"
+        return f"{self._counts()}: {'; '.join([*edges, effect])}"
+
+    def _counts(self) -> str:
+        return f"n = {self.n}{f' (and {self.no_place} without a place in the range)' if self.no_place else ''}"
 
 
 def look(field: Field, values: Any, good: NDArray[np.float64], fields: int, seed: int = 0) -> Seen:
@@ -118,14 +130,15 @@ def look(field: Field, values: Any, good: NDArray[np.float64], fields: int, seed
         seed: of the permutations.
     """
     places = field.positions(values)
-    known = ~np.isnan(places)
+    known = np.isfinite(places) & np.isfinite(good)
+    no_place = int((~np.isfinite(places) & values.notna().to_numpy(dtype=bool)).sum())
     places, good = places[known], good[known]
     n = len(good)
     top = max(GOOD, -(-n // 4))
     if n < LEAST:
-        return Seen(field.path, n, min(n, top))
+        return Seen(field.path, n, min(n, top), no_place=no_place)
     best = np.argsort(-good, kind="stable")[:top]
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"no_place": no_place}
     if field.kind != "choice":
         low, high = _edge(field)
         for name, inside, share in (("low", places <= low[0], low[1]), ("high", places >= high[0], high[1])):
@@ -138,6 +151,7 @@ def look(field: Field, values: Any, good: NDArray[np.float64], fields: int, seed
     if basis.shape[1]:
         effect, chance = _effect(basis, good, seed)
         facts |= {"effect": effect, "p_effect": chance, "p_corrected": min(1.0, chance * fields)}
+        facts["chance"] = basis.shape[1] / (n - 1)
         facts["power"] = _power(n, basis.shape[1])
         if field.kind == "choice":
             facts["worse"] = _worse(field, places, good, fields)
@@ -214,6 +228,11 @@ def _power(n: int, terms: int) -> float:
     if rest < 1:
         return 0.0
     return float(ncf.sf(f.isf(LEVEL, terms, rest), terms, rest, n * EFFECT / (1 - EFFECT)))
+
+
+def trials_needed() -> int:
+    """Finished trials from which on the absence of an effect of a number means something."""
+    return next(n for n in itertools.count(LEAST) if _power(n, 2) >= POWER)
 
 
 def _worse(field: Field, places: NDArray[np.float64], good: NDArray[np.float64], fields: int) -> tuple[Any, ...]:

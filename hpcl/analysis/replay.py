@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpcl.errors import UserError
-from hpcl.results.load import SearchResults, sign_of
+from hpcl.results.search import SearchResults
 from hpcl.search.clock import TOLERANCE, rung_times
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 FACTOR = 2.0
 """The shipped reduction factor, for searches that stopped nothing."""
+
+MOST_RUNGS = 1000
+"""Rungs of a replay, at most: a factor near 1 would give any number of them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Recording:
     def of(cls, search: SearchResults) -> Recording:
         """The recording of a search; n may be 0."""
         trials, ids = search.trials, search.trials["trial_id"]
-        finished = list(search.finished["trial_id"])
+        done = search.finished
+        done = done[np.isfinite(done["objective"].to_numpy(dtype=np.float64, na_value=np.nan))]
+        finished = list(done["trial_id"])
         clock, epochs = search.curves("clock"), search.curves("epoch")
         usable = (ids.isin(finished) | (trials["state"] == "diverged")).to_numpy() & np.isfinite(epochs).any(axis=1)
         order = np.argsort(trials["number"].to_numpy(dtype=np.float64, na_value=np.inf), kind="stable")
@@ -123,20 +128,28 @@ class Recording:
         """What a reader of a replay, or of statistics over these trials, must know."""
         if not self.stopped:
             return ()
-        about = self.search.about
+        metric, of_all = self.search.about.metric or "a curve", f"{self.stopped} of {len(self.search.trials)} trials"
+        if self.search.about.kind == "tune":
+            return (
+                f"{of_all} ended after fewer reports than others (stopped, or a shorter schedule) and are left out: if "
+                f"they were stopped on {metric}, the others are its survivors, among which it tends to look worse than "
+                "it is",
+            )
         return (
-            f"the search stopped {self.stopped} of {len(self.search.trials)} trials on {about.metric}: those that "
-            f"finished are its survivors, a sample without the trials that {about.metric} put last, in which it must "
-            "look worse than it is; to judge curves, train random configurations to their end (search.grace: null)",
+            f"the search stopped {of_all} on {metric}: those that finished are its survivors, a sample without the "
+            f"trials that {metric} put last, in which it tends to look worse than it is; to judge curves, train random "
+            "configurations to their end (search.grace: null)",
         )
 
     def values(self, metric: str) -> NDArray[np.float64]:
         """A curve of these trials, (n, E), larger for better values; NaN where there is none.
 
+        Which end is better is for the search to say (:meth:`SearchResults.sign_of`).
+
         Raises:
             UserError: there is no such numeric column.
         """
-        grid = sign_of(metric) * self.search.curves(metric)[self.rows]
+        grid = self.search.sign_of(metric) * self.search.curves(metric)[self.rows]
         grid[~np.isfinite(grid)] = np.nan
         return np.asarray(grid)
 
@@ -167,14 +180,22 @@ class Recording:
         at least 1, and factor is 2: rungs at a quarter and at half of the way.
 
         Raises:
-            UserError: `grace` is not above 0, or `factor` not above 1.
+            UserError: `grace` is not above 0, `factor` not above 1, or they give more than 1,000 rungs.
         """
         about = self.search.about
         if grace is None and factor is None and about.rungs:
             return about.rungs
+        step, ratio = self.grace if grace is None else grace, self.factor if factor is None else factor
+        way = self.total - about.fork
+        if step > 0 and ratio > 1 and way > 0:
+            count = (math.log(way) - math.log(step)) / math.log(ratio) + 1
+            if count > MOST_RUNGS:
+                raise UserError(
+                    f"grace is {step:g} and factor {ratio!r}, but they must give at most {MOST_RUNGS} rungs up to "
+                    f"{self.total:g}, not {count:.3g}; give a larger grace or factor"
+                )
         try:
-            step = self.grace if grace is None else grace
-            return rung_times(step, self.factor if factor is None else factor, self.total, fork=about.fork)
+            return rung_times(step, ratio, self.total, fork=about.fork)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -182,12 +203,15 @@ class Recording:
     def grace(self) -> float:
         """Way from the fork to the first rung, as :meth:`rungs` has it."""
         about = self.search.about
-        return about.rungs[0] - about.fork if about.rungs else max(1.0, float(round((self.total - about.fork) / 4)))
+        own = about.rungs[0] - about.fork if about.rungs else 0.0
+        return own if own > 0 and math.isfinite(own) else max(1.0, float(round((self.total - about.fork) / 4)))
 
     @property
     def factor(self) -> float:
-        """The reduction factor of the search; 2 where it has none."""
-        return float(self.search.about.factor or FACTOR)
+        """The reduction factor of the search; 2 where it has none, or none that can be (a number above 1)."""
+        known: object = self.search.about.factor
+        possible = isinstance(known, (int, float)) and not isinstance(known, bool) and 1 < known < math.inf
+        return float(known) if possible else FACTOR  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

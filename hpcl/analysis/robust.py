@@ -15,14 +15,16 @@ from __future__ import annotations
 import shlex
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from hpcl.analysis.neighbours import smooth
 from hpcl.analysis.notes import differences_from_notes
-from hpcl.analysis.pooled import Pool, Run, pool
+from hpcl.analysis.pooled import Pool, Run, counted, one_line, pool, retrained
 from hpcl.config import Config
 from hpcl.errors import UserError, harmless
 from hpcl.files import read_some
@@ -99,16 +101,14 @@ class Robust:
     trials: int
     """Finished trials of all searches together."""
     searches: tuple[str, ...]
-    noise: float | None = None
-    """Share of the variance of objectives that is luck, 0..1, by the neighbourhoods; None where not estimated."""
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """What was chosen and why, as lines for a terminal."""
         best = self.best
         lines = [
-            f"robust best  {best.name}, of {_counted(self.trials, 'finished trial')} in "
-            f"{_counted(len(self.searches), 'search', 'searches')}",
+            f"robust best  {best.name}, of {counted(self.trials, 'finished trial')} in "
+            f"{counted(len(self.searches), 'search', 'searches')}",
             f"             {self.evidence()}",
         ]
         if self.lucky.trial_id == best.trial_id and self.lucky.folder == best.folder:
@@ -126,7 +126,8 @@ class Robust:
         lines += [f"             {path:<{width}}  {show(value)}" for path, value in best.values.items()]
         for title, rows in differences_from_notes(self.config, best.values).items():
             lines += [title, *(f"             {row}" for row in rows)]
-        return lines + [f"note         {note}" for note in self.notes]
+        lines += [f"note         {note}" for note in self.notes]
+        return [one_line(line) for line in lines]
 
     def evidence(self) -> str:
         """By what it was chosen, in a sentence with its numbers."""
@@ -135,13 +136,13 @@ class Robust:
             n = len(best.seeds)
             sure = 1 - 2.0 ** (1 - n)
             return (
-                f"median {best.estimate:.4g} over {n} seeds at {best.epochs} epochs ({self.chosen_by} {best.low:.4g} "
-                f"to {best.high:.4g}, which holds the true median with {sure:.0%})"
+                f"median {best.estimate:.4g} over {n} seeds at {counted(best.epochs or 0, 'epoch')} ({self.chosen_by} "
+                f"{best.low:.4g} to {best.high:.4g}, which holds the true median with {sure:.0%})"
             )
         own = f"{self.chosen_by} {best.objective:.4g} in its one run"
         if self.by == "one run":
             return f"{own}; with fewer than {FEW} finished trials neighbours tell nothing, so this may be luck"
-        near = _counted(best.neighbours, "trial") if best.neighbours else "no other trial"
+        near = counted(best.neighbours, "trial") if best.neighbours else "no other trial"
         return (
             f"estimate {best.estimate:.4g} ({best.low:.4g} to {best.high:.4g}, one standard error), with {near} near "
             f"it; {own}, which weighs {best.own:.0%} of that"
@@ -158,38 +159,44 @@ def robust_best(searches: Sequence[SearchResults]) -> Robust:
         UserError: their trials cannot be compared, with all reasons; see :func:`hpcl.analysis.pooled.pool`.
     """
     pooled = pool(searches)
-    near, noise = _by_neighbours(pooled)
+    near, by = _by_neighbours(pooled)
     first = pooled.runs[0]
     lucky = next(c for c in near if c.folder == first.search.folder and c.trial_id == first.trial_id)
-    by: By = "one run" if noise is None else "neighbourhood"
+    space_at = {search.folder: space for search, space in zip(pooled.searches, pooled.spaces, strict=True)}
+
+    def config_of(candidate: Candidate) -> Config:
+        config = space_at[candidate.folder].config_for(dict(candidate.values))
+        return config if candidate.epochs is None else _retrained(config, candidate.epochs)
+
     seeded, notes = _by_seeds(pooled, near)
-    candidates = near
-    if seeded:
-        by, candidates = "seeds", seeded
-        if near[0].name != seeded[0].name and noise is not None:
+    candidates, config, refused = _allowed(seeded, config_of)
+    if config is not None:
+        if near[0].name != candidates[0].name and by == "neighbourhood":
             notes.append(
                 f"by neighbours alone it would be {near[0].name} (estimate {near[0].estimate:.4g}, one standard error "
                 f"{near[0].low:.4g} to {near[0].high:.4g}); `hpcl retrain` with a larger --top tests it too"
             )
-    elif noise is not None and noise > 0.5:
-        notes.append(
-            f"about {noise:.0%} of the variance between trials is luck, so the order of the best ones says little: "
-            f"hpcl retrain {shlex.quote(str(near[0].folder))} tells them apart by seeds"
-        )
-    best = candidates[0]
-    space = next(space for search, space in zip(searches, pooled.spaces, strict=True) if search.folder == best.folder)
-    config = space.config_for(dict(best.values))
+        by = "seeds"
+    else:
+        candidates, config, more = _allowed(near, config_of)
+        refused += more
+        if config is None:
+            raise UserError(*(one_line(f"{why}; there is no other trial") for why in refused))
+        if len(near) > 1:
+            notes.append(
+                "one run each: the order of the best ones may be luck; hpcl retrain "
+                f"{shlex.quote(str(candidates[0].folder))} tells them apart by seeds"
+            )
     return Robust(
-        best=best,
+        best=candidates[0],
         lucky=lucky,
         by=by,
         chosen_by=pooled.chosen_by,
         candidates=tuple(candidates),
-        config=config if best.epochs is None else _retrained(config, best.epochs),
+        config=config,
         trials=len(pooled.runs),
         searches=tuple(search.about.name for search in searches),
-        noise=noise,
-        notes=tuple(notes),
+        notes=(*pooled.notes, *refused, *notes),
     )
 
 
@@ -210,27 +217,28 @@ def main(folders: Sequence[Path], out: Path | None, force: bool) -> None:
     print(harmless("\n".join(found.lines())), flush=True)
     if out is not None:
         write(out, found.config, header(found))
-        print(harmless(f"written      {out}\nthen         hpcl train {shlex.quote(str(out))}"), flush=True)
+        lines = (f"written      {out}", f"then         hpcl train {shlex.quote(str(out))}")
+        print(harmless("\n".join(map(one_line, lines))), flush=True)
 
 
 def header(found: Robust) -> str:
     """The comment on top of a written configuration: by what evidence it was chosen."""
     evidence = found.evidence()
     lines = [
-        f"{FIRST_LINE}{_counted(found.trials, 'finished trial')} in {', '.join(found.searches)}: {found.best.name}.",
+        f"{FIRST_LINE}{counted(found.trials, 'finished trial')} in {', '.join(found.searches)}: {found.best.name}.",
         f"{evidence[:1].upper()}{evidence[1:]}.",
         f"The best value in one run: {found.lucky.name}, {found.chosen_by} {found.lucky.objective:.6g}.",
         *(f"Note: {note}." for note in found.notes),
         f"Written {time.strftime('%Y-%m-%d %H:%M:%S')}. Train it: hpcl train FILE",
     ]
     # A folder's name may hold a line's end, which would end the comment.
-    return harmless("\n".join(" ".join(line.split()) for line in lines))
+    return harmless("\n".join(map(one_line, lines)))
 
 
-def _by_neighbours(pooled: Pool) -> tuple[list[Candidate], float | None]:
-    """All finished trials, the best first, and the share of luck; by their value alone where they are few."""
+def _by_neighbours(pooled: Pool) -> tuple[list[Candidate], By]:
+    """All finished trials, the best first; by their value alone where they are few."""
     if len(pooled.runs) < FEW:
-        return [_candidate(run, run.objective, run.objective, run.objective) for run in pooled.runs], None
+        return [_candidate(run, run.objective, run.objective, run.objective) for run in pooled.runs], "one run"
     pooled = _at_most(pooled, MOST_RUNS)
     worth = smooth(pooled.distances(), pooled.good())
     order = sorted(range(len(pooled.runs)), key=lambda i: worth.sd[i] - worth.mean[i])
@@ -239,7 +247,7 @@ def _by_neighbours(pooled: Pool) -> tuple[list[Candidate], float | None]:
         estimate, sd = pooled.sign * float(worth.mean[i]), float(worth.sd[i])
         more = {"neighbours": int(worth.neighbours[i]), "own": float(worth.own[i])}
         candidates.append(_candidate(pooled.runs[i], estimate, estimate - sd, estimate + sd, **more))
-    return candidates, worth.noise
+    return candidates, "neighbourhood"
 
 
 def _at_most(pooled: Pool, most: int) -> Pool:
@@ -253,37 +261,57 @@ def _at_most(pooled: Pool, most: int) -> Pool:
     return replace(pooled, runs=(*pooled.runs[:top], *(pooled.runs[i] for i in spread)))
 
 
+def _allowed(
+    candidates: Sequence[Candidate], config_of: Callable[[Candidate], Config]
+) -> tuple[list[Candidate], Config | None, list[str]]:
+    """The candidates from the first on that the configuration allows, its configuration, and why others are left out.
+
+    Lengths and values come from tables, which another version may have written.
+    """
+    refused: list[str] = []
+    for i, candidate in enumerate(candidates):
+        try:
+            return list(candidates[i:]), config_of(candidate), refused
+        except ValidationError as error:
+            length = "" if candidate.epochs is None else f" at {counted(candidate.epochs, 'epoch')}"
+            refused.append(f"{candidate.name} is left out, the configuration refuses it{length}: {_first(error)}")
+    return [], None, refused
+
+
+def _first(error: ValidationError) -> str:
+    """The first problem in words."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))} {problem['msg']}".strip()
+
+
 def _by_seeds(pooled: Pool, near: Sequence[Candidate]) -> tuple[list[Candidate], list[str]]:
     """Configurations with two or more seeds and none lost, the best median first; and what the reader should know."""
     of_folder = {search.folder: search for search in pooled.searches}
-    runs = {
-        (search.folder, str(trial)): rows
-        for search in pooled.searches
-        for trial, rows in search.retrain.groupby("trial_id", sort=False)
-    }
-    lengths = [int(rows["epochs"].max()) for rows in runs.values() if bool(rows["objective"].notna().any())]
+    runs = {(candidate.folder, candidate.trial_id): candidate for candidate in near}
     notes: list[str] = []
     seeded: list[Candidate] = []
-    for (folder, trial), rows in runs.items():
-        found = [float(value) for value in rows["objective"].dropna()]
-        lost = [str(state) for state in rows["state"] if state in ("failed", "diverged")]
-        epochs = int(rows["epochs"].max())
-        run = next((c for c in near if c.folder == folder and c.trial_id == trial), None)
-        name = f"trial {trial} of {of_folder[folder].about.name}"
-        if lost:
-            notes.append(f"{name} was retrained, but is left out: {_counted(len(lost), 'seed')} {lost[0]}")
-        elif len(found) >= 2 and epochs < max(lengths):
-            notes.append(f"{name} was retrained for {epochs} epochs only, others for {max(lengths)}: it is left out")
-        elif len(found) >= 2:
-            of = of_folder[folder]
+    for folder, of in of_folder.items():
+        found, left_out = retrained(of)
+        notes += left_out
+        for each in found:
+            run = runs.get((folder, each.trial_id))
             seeded.append(
                 Candidate(
-                    of.about.name, folder, trial, of.values(trial), run.objective if run else None,
-                    statistics.median(found), min(found), max(found), seeds=tuple(found), epochs=epochs,
+                    of.about.name, folder, each.trial_id, run.values if run else of.values(each.trial_id),
+                    run.objective if run else None, statistics.median(each.objectives), min(each.objectives),
+                    max(each.objectives), seeds=each.objectives, epochs=each.epochs,
                 )
             )  # fmt: skip
+    longest = max((candidate.epochs or 0 for candidate in seeded), default=0)
+    notes += [
+        f"{candidate.name} was retrained for {counted(candidate.epochs or 0, 'epoch')} only, others for {longest}: it "
+        "is left out"
+        for candidate in seeded
+        if candidate.epochs != longest
+    ]
+    seeded = [candidate for candidate in seeded if candidate.epochs == longest]
     judged = [of_folder[folder] for folder in {candidate.folder for candidate in seeded}]
-    images = {str((s.about.facts.get("retrained") or {}).get("data", s.about.data)) for s in judged}
+    images = {str(_retrained_on(search)) for search in judged}
     if len(images) > 1:
         notes.append(f"retrained on different images ({', '.join(sorted(images))}), so seeds do not compare")
         seeded = []
@@ -301,6 +329,12 @@ def _candidate(run: Run, estimate: float, low: float, high: float, **more: Any) 
     )
 
 
+def _retrained_on(search: SearchResults) -> Any:
+    """Source of the images of a search's retraining, as far as ``search.json`` says."""
+    said = search.about.facts.get("retrained")
+    return said.get("data", search.about.data) if isinstance(said, dict) else search.about.data
+
+
 def _retrained(config: Config, epochs: int) -> Config:
     """The configuration as `hpcl retrain` trained it: on all images, and so long."""
     whole = config.with_values({"data.subset": 1.0})
@@ -314,19 +348,16 @@ def may_write(out: Path, first_line: str, command: str, instead: str, force: boo
     Raises:
         UserError: it was not written by the command; says what to do instead.
     """
+    name = one_line(str(out))
     if not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}")
+        raise UserError(f"{name}: there is no folder {one_line(str(out.parent))}")
     if out.is_dir():
-        raise UserError(f"{out}: is a folder, but must be a file to write")
+        raise UserError(f"{name}: is a folder, but must be a file to write")
     if force or not out.exists():
         return
     try:
         ours = read_some(out, 200).startswith(f"# {first_line}".encode())
     except OSError as error:
-        raise UserError(f"{out}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
     if not ours:
-        raise UserError(f"{out}: is there already, and not written by `{command}`; {instead}")
-
-
-def _counted(n: int, noun: str, several: str = "") -> str:
-    return f"{n} {noun if n == 1 else several or noun + 's'}"
+        raise UserError(f"{name}: is there already, and not written by `{command}`; {instead}")

@@ -1,8 +1,9 @@
 """``hpcl suggest results/<name>``: what the search says of its ranges, and the space to search next.
 
 A range whose edge holds the best trials is extended beyond it; a field that matters is narrowed to where the good
-trials lie; a field that was seen not to matter is fixed; what cannot be told stays as it is. The base becomes the
-robust best, so trial 0 of the next search is the best of this one. :mod:`hpcl.analysis.ranges` has the tests.
+trials lie; a field without any effect, in trials enough to see one, is fixed at the value of trial 0, the base's; what
+cannot be told stays as it is. All else in the base becomes the robust best's, so trial 0 of the next search is the best
+of this one, but for what was fixed. :mod:`hpcl.analysis.ranges` has the tests.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from hpcl.analysis.edges import extended, narrowed
-from hpcl.analysis.pooled import space_of
-from hpcl.analysis.ranges import EFFECT, LEAST, POWER, Seen, look
+from hpcl.analysis.pooled import counted, one_line, space_of
+from hpcl.analysis.ranges import EFFECT, LEAST, POWER, Seen, look, trials_needed
 from hpcl.analysis.robust import Candidate, may_write, robust_best
 from hpcl.config import Config
 from hpcl.errors import ConfigError, harmless
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 FILE = "follow-up.yaml"
 FIRST_LINE = "The space to search after "
 """How the header of a file begins that this command wrote, and may therefore write again."""
+_FREE: Any = object()
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Suggestion:
     changes: tuple[Change, ...]
     """One for each searched field."""
     best: Candidate | None
-    """The robust best, the base of the next space; None where too few trials finished to say anything."""
+    """The robust best, the base of the next space but for what is fixed; None where too few trials finished."""
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -72,7 +76,7 @@ class Suggestion:
         cells += [(c.path, c.before, c.after if c.changed else "the same", c.why, c.seen.text()) for c in self.changes]
         widths = [max(len(row[i]) for row in cells) for i in range(5)]
         table = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return [*table, *(f"note: {note}" for note in self.notes)]
+        return [one_line(line) for line in (*table, *(f"note: {note}" for note in self.notes))]
 
 
 def suggest(search: SearchResults) -> Suggestion:
@@ -93,12 +97,12 @@ def suggest(search: SearchResults) -> Suggestion:
             Change(path, seen[path], _range(p), _range(p), _words(seen[path])) for path, p in space.params.items()
         ]
         note = (
-            f"{len(search.finished)} trials finished, {LEAST} are needed to say anything: nothing is changed but the "
-            "seed of the sampler; search on with more trials"
+            f"{counted(len(search.finished), 'trial')} finished, {LEAST} are needed to say anything: nothing is "
+            "changed but the seed of the sampler; search on with more trials"
         )
-        return Suggestion(search, _checked(plain), tuple(changes), None, (note,))
+        return Suggestion(search, _checked(plain), tuple(changes), None, (*search.about.notes, note))
     found = robust_best([search])
-    best, notes = found.best, []
+    best, notes = found.best, list(search.about.notes)
     # What does not load is taken back, field by field: rules between fields are the configuration's to tell.
     held: set[str] = set()
     while True:
@@ -115,14 +119,20 @@ def suggest(search: SearchResults) -> Suggestion:
             named = [path for path in wide if path in str(error)] or wide
             held |= set(named)
             notes.append(f"{', '.join(named)}: left as it was, for the configuration refuses it: {error.problems[0]}")
-    if any(c.after.startswith("fixed") for c in changes):
+    if any(each.verdict == "unclear" and each.power < POWER for each in seen.values()):
         notes.append(
-            f"fixed is what shows no effect by itself, where one that explains {EFFECT:.0%} of the ranks would have "
-            f"been seen with a probability of {POWER:.0%} or more; what matters only together with another field is "
-            "not seen"
+            f"that a field has no effect is seen from about {trials_needed()} finished trials on in which it acts"
         )
+    fixed = [c for c in changes if c.after.startswith("fixed") and c.seen.verdict == "no effect"]
+    if fixed:
+        notes.append(
+            "fixed at the value of the former base is what shows no effect: no more than chance gives, where one that "
+            f"explains {EFFECT:.1%} of the ranks would have been seen with a probability of {POWER:.0%} or more; what "
+            "matters only together with another field is not seen"
+        )
+    but = f" but for the {counted(len(fixed), 'field')} without an effect" if fixed else ""
     notes.append(
-        f"the base is {best.name}, the robust best ({found.evidence()}), so trial 0 of the next search is that"
+        f"the base is {best.name}, the robust best ({found.evidence()}), so trial 0 of the next search is that{but}"
     )
     notes.append(f"search.seed is {checked.search.seed}, so that the same points are not drawn again")
     return Suggestion(search, checked, tuple(changes), best, tuple(notes))
@@ -144,14 +154,16 @@ def main(folder: Path, out: Path | None) -> None:
     print(harmless("\n".join(made.lines())), flush=True)
     write(out, made.space.to_tree(), header(made))
     command = f"python run_search.py --space {shlex.quote(str(out))}"
-    print(harmless(f"written  {out}\nthen     {command}   (--dry-run first)"), flush=True)
+    lines = (f"written  {out}", f"then     {command}   (--dry-run first)")
+    print(harmless("\n".join(map(one_line, lines))), flush=True)
 
 
 def header(made: Suggestion) -> str:
     """The comment on top of the file: what was changed and why, field by field."""
     name = made.search.about.name
-    lines = [f"{FIRST_LINE}{name}, by {len(made.search.finished)} finished trials of {len(made.search.trials)}.", ""]
-    return harmless("\n".join([" ".join(line.split()) for line in lines] + made.lines()))
+    done = counted(len(made.search.finished), "finished trial")
+    first = one_line(f"{FIRST_LINE}{name}, by {done} of {len(made.search.trials)}.")
+    return harmless("\n".join([first, "", *made.lines()]))
 
 
 def _seen(search: SearchResults, path: str) -> Seen:
@@ -165,50 +177,94 @@ def _next(
     space: Space, seen: Mapping[str, Seen], best: Mapping[str, Any], held: set[str]
 ) -> tuple[Space, list[Change]]:
     """The space with each field as its verdict has it, not yet checked; fields in `held` keep their ranges."""
-    base = space.base.with_values(dict(best))
-    wanted: dict[str, tuple[Param | None, str]] = {}
-    for path, param in space.params.items():
-        words = _words(seen[path])
-        kept = (param, f"{words}; kept, the configuration allows no other") if path in held else None
-        wanted[path] = kept or _wanted(param, seen[path], words, best.get(path), base, path)
-    if all(param is None for param, _ in wanted.values()):
+    fixed = {
+        path: value
+        for path, param in space.params.items()
+        if path not in held and (value := _fixed(param, seen[path], best.get(path), space.base.at(path))) is not _FREE
+    }
+    why = {path: _words(seen[path]) for path in space.params}
+    why |= {path: f"{why[path]}; kept, the configuration allows no other" for path in held}
+    for path in [path for path in fixed if seen[path].verdict == "no effect"]:
+        children = {child for child, p in space.params.items() if path in p.when and child not in fixed}
+        if not all(_can_act(space.params[child], fixed) for child in children):
+            del fixed[path]
+            why[path] += "; kept, as fields depend on it"
+            held = held | {path}
+    if not any(_can_act(param, fixed) for path, param in space.params.items() if path not in fixed):
         # A space must search something: of what is not decided (a choice may be) what comes nearest to mattering.
-        free = [path for path in wanted if not space.params[path].when]
-        free = [path for path in free if seen[path].verdict == "irrelevant"] or free
+        free = [path for path in fixed if not space.params[path].when]
+        free = [path for path in free if seen[path].verdict == "no effect"] or free
         least = min(free, key=lambda path: seen[path].p_effect)
-        wanted[least] = (space.params[least], f"{wanted[least][1]}; kept, as something must be searched")
+        del fixed[least]
+        why[least] += "; kept, as something must be searched"
+        held = held | {least}
+    base = space.base.with_values(dict(best))
+    for path, value in list(fixed.items()):
+        try:
+            base = base.with_values({path: value})
+        except ValidationError:
+            del fixed[path]
+            why[path] += "; kept, the configuration refuses the former base's value"
+            held = held | {path}
     params: dict[str, Param] = {}
     changes = []
     for path, param in space.params.items():
-        new, why = wanted[path]
-        if new is not None:
+        if path in fixed:
+            after = f"fixed at {show(base.at(path))}"
+            why[path] += _worse_text(param, seen[path], best.get(path))
+        else:
+            new = param
+            if path not in held:
+                new, more = _changed(param, seen[path], best.get(path), base, path)
+                why[path] += more
             when = _still(space, path, params, base)
             if when is None:
-                after, why = "out", f"{why}; it can no longer act" if new is not param else "can no longer act"
+                after = "out"
+                why[path] = "can no longer act" if new is param else f"{why[path]}; it can no longer act"
             else:
                 params[path] = new.model_copy(update={"when": when})
                 after = _range(new)
-        else:
-            after = f"fixed at {show(base.at(path))}"
-        changes.append(Change(path, seen[path], _range(param), after, why))
+        changes.append(Change(path, seen[path], _range(param), after, why[path]))
     return replace(space, base=base, params=params), changes
 
 
-def _wanted(param: Param, seen: Seen, words: str, best: Any, base: Config, path: str) -> tuple[Param | None, str]:
-    """A field as its verdict has it (None: fixed) and the verdict in words."""
-    if seen.verdict == "irrelevant":
-        return None, words
+def _can_act(param: Param, fixed: Mapping[str, Any]) -> bool:
+    """Whether fixed values let a field act."""
+    return all(
+        parent not in fixed or any(same(fixed[parent], value) for value in allowed)
+        for parent, allowed in param.when.items()
+    )
+
+
+def _left(param: Choice, seen: Seen, best: Any) -> tuple[list[Any], list[Any]]:
+    """Choices that are left, and those that are clearly worse; the robust best's is never among those."""
+    worse = [value for value in seen.worse if not same(value, best)] if seen.verdict == "matters" else []
+    return [c for c in param.choices if not any(same(c, value) for value in worse)], worse
+
+
+def _fixed(param: Param, seen: Seen, best: Any, base: Any) -> Any:
+    """The value at which a field is fixed; _FREE where it stays searched."""
+    if seen.verdict == "no effect":
+        return param.nearest(base)  # what trial 0 had
     if isinstance(param, Choice):
-        worse = [value for value in seen.worse if not same(value, best)] if seen.verdict == "matters" else []
-        left = tuple(c for c in param.choices if not any(same(c, value) for value in worse))
-        if len(left) == len(param.choices):
-            return param, words
-        text = f"{words}: {', '.join(show(value) for value in worse)} clearly worse"
-        return (param.model_copy(update={"choices": left}) if len(left) > 1 else None), text
+        left, _ = _left(param, seen, best)
+        return left[0] if len(left) == 1 else _FREE
+    return _FREE
+
+
+def _worse_text(param: Param, seen: Seen, best: Any) -> str:
+    worse = _left(param, seen, best)[1] if isinstance(param, Choice) else []
+    return f": {', '.join(show(value) for value in worse)} clearly worse" if worse else ""
+
+
+def _changed(param: Param, seen: Seen, best: Any, base: Config, path: str) -> tuple[Param, str]:
+    """A field that stays searched as its verdict has it, and what to add to the verdict."""
+    if isinstance(param, Choice):
+        left, worse = _left(param, seen, best)
+        return (param.model_copy(update={"choices": tuple(left)}) if worse else param), _worse_text(param, seen, best)
     if seen.verdict == "edge":
-        new, text = extended(param, seen, best, base, path)
-        return new, f"{words}{text}"
-    return (narrowed(param, seen.span, best) if seen.verdict == "matters" else param), words
+        return extended(param, seen, best, base, path)
+    return (narrowed(param, seen.span, best) if seen.verdict == "matters" else param), ""
 
 
 def _still(space: Space, path: str, params: Mapping[str, Param], base: Config) -> dict[str, tuple[Any, ...]] | None:
@@ -253,7 +309,7 @@ def _words(seen: Seen) -> str:
         "few": "too few trials to tell",
         "edge": f"best at its {' and '.join(seen.edges)} edge",
         "matters": "matters",
-        "irrelevant": "does not matter by itself",
+        "no effect": "no effect seen",
     }[seen.verdict]
 
 

@@ -9,10 +9,11 @@ have a value it counts 0, as a curve that is not there ranks nothing. Two questi
 - *Is a curve clearly worse than the best?* Trials are resampled, the same ones for both curves; it is, if 97.5 % of the
   samples, corrected for the number of curves (Bonferroni), have its score below that of the best.
 
-Then: no curve with a signal → the data can't tell. The curve in use is not clearly worse than the best, and has a
-signal (it was given before, so its own deals are enough once any curve has one) → keep it. Else → the best one. If the
-search stopped trials, those that finished are survivors of the curve in use: it must look worse among them, so no
-other curve is put in its place.
+Then: no curve with a signal → the data can't tell. The curve in use is clearly worse than the best → the best one. It
+is not, and has a signal (it was given before, so its own deals are enough once any curve has one) → keep it. It is not,
+but has no signal of its own → the data can't tell: a signal beside none is no difference between two curves, and among
+equally good ones it is common. No curve in use was measured → the best one. If the search stopped trials, those that
+finished are survivors of the curve in use: it tends to look worse among them, so none is put in its place.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class Score:
         """Whether the score is beyond chance."""
         return self.p <= LEVEL
 
-    def text(self) -> str:
-        """The score with its interval, such as ``0.71 (0.55 to 0.83)``."""
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+    def text(self, between: str | None = None) -> str:
+        """The score with its interval, such as ``0.71 (0.55 to 0.83)``, or with something else between them."""
+        ends = f"{self.low:.2f} to {self.high:.2f}"
+        return f"{self.value:.2f} ({ends})" if between is None else f"{self.value:.2f}{between}{ends}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def judge(
     *,
     in_use: str | None,
     chosen_by: str = "objective",
+    stops: bool = True,
     stopped: int = 0,
+    inferred: bool = False,
     seed: int = 0,
 ) -> Verdict:
     """Which of these curves to stop trials on.
@@ -93,7 +97,9 @@ def judge(
         objective: (n,) of the same trials, finite, larger for better ones.
         in_use: the curve that trials are stopped on now; None, or none of `curves`: there is none to keep.
         chosen_by: what the objective is, in words; a name of `curves`: nothing independent judges them.
+        stops: whether the search stops trials on `in_use`; else that is merely its metric.
         stopped: trials that the search stopped.
+        inferred: whether that they were stopped is merely concluded from fewer reports.
         seed: of resampling and permutations.
     """
     n = len(objective)
@@ -114,26 +120,34 @@ def judge(
     if not best.signal:
         text = f"no curve ranks {n} trials by {chosen_by} beyond chance (best of {len(scores)}: {best.metric} "
         return Verdict("unknown", None, f"{cannot}{text}{best.text()}, p = {best.p:.2f}).", scores)
-    among = f"among the {n} survivors of {stopped + n} trials" if stopped else f"n = {n}"
+    role = "in use" if stops else "the metric of this search"
+    among = f"n = {n}"
+    if stopped:
+        among = f"among the {n} survivors of {stopped + n} trials"
+        among = f"among the {n} of {stopped + n} trials with the most reports" if inferred else among
     if current is not None and current.p_alone <= LEVEL and not current.worse:
         others = [s for s in scores if s is not current and s.signal and not s.worse]
         reason = "every other curve is clearly worse or has no signal beyond chance"
         if others:
             reason = f"not told apart from it: {_listed(others)}"
-        text = f"Keep stopping on {in_use}: its mean rank correlation with {chosen_by} is {current.text()}, {among}; "
-        text += f"{reason}."
+        text = f"Keep stopping on {in_use}" if stops else f"Stop on {in_use}, {role}"
+        text += f": its mean rank correlation with {chosen_by} is {current.text()}, {among}; {reason}."
         return Verdict("kept", in_use, text, scores)
     if stopped:
         on = in_use or "a curve"
-        text = (
-            f"{stopped} trials were stopped on {on}, and among its survivors (n = {n}) it must look worse than it is "
-        )
-        text += f"(best there: {best.metric} {best.text()}{f', {on} {current.value:.2f}' if current else ''})."
+        how = f"were stopped on {on}, and among its survivors"
+        if inferred:
+            how = f"ended after fewer reports than others, and if they were stopped on {on}, then among the rest"
+        text = f"{stopped} trials {how} (n = {n}) it tends to look worse than it is"
+        text += f" (best there: {best.metric} {best.text()}{f', {on} {current.value:.2f}' if current else ''})."
+        return Verdict("unknown", None, cannot + text, scores)
+    if current is not None and not current.worse:
+        text = f"{best.metric} ({best.text(', ')}) has a signal; {in_use}, {role} ({current.text(', ')}), "
+        text += f"has none of its own and is not told apart from it (n = {n})."
         return Verdict("unknown", None, cannot + text, scores)
     text = f"Stop on {best.metric}: its mean rank correlation with {chosen_by} is {best.text()}, {among}"
     if current is not None:
-        beaten = "clearly above" if current.worse else "while no signal is seen in"
-        text += f", {beaten} {in_use}, in use ({current.value:.2f})"
+        text += f", clearly above {in_use}, {role} ({current.value:.2f})"
     tied = [s for s in scores[1:] if s.signal and not s.worse]
     text += f"; not told apart from it: {_listed(tied)}." if tied else "."
     return Verdict("named", best.metric, text, scores)

@@ -19,7 +19,7 @@ def rank_by_rung(audit: Audit) -> Figure:
     """
     figure, axes = new_figure(7.0, 3.8)
     table = audit.table[audit.table["rho_all"].notna()]
-    axes.set_title(f"Which curve ranks trials early as they end? n = {audit.n} finished trials")
+    axes.set_title(f"Which curve ranks trials early as they end? n = {audit.asked} finished trials")
     if audit.n < FEWEST or table.empty:
         nothing(axes, f"{audit.n} trials finished with a {audit.chosen_by}, and {FEWEST} are needed")
         return figure
@@ -71,4 +71,5 @@ def lost_for_spent(audit: Audit) -> Figure:
 
 
 def _label(audit: Audit, metric: str) -> str:
-    return f"{metric} (in use)" if metric == audit.in_use else metric
+    role = "in use" if audit.stops else "the search's"
+    return f"{metric} ({role})" if metric == audit.in_use else metric

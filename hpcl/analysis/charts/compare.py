@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from hpcl.analysis.charts.look import COLOURS, SERIES, new_figure, nothing
+from hpcl.analysis.charts.look import COLOURS, SERIES, chart, new_figure, nothing
+from hpcl.analysis.pooled import one_line
 
 if TYPE_CHECKING:
     from hpcl.analysis.compare import Comparison
 
 
+@chart
 def best_over_hours(comparison: Comparison) -> Figure:
     """Which search had found the better configuration after the same hours? Best so far as steps, one line each.
 
@@ -27,13 +29,13 @@ def best_over_hours(comparison: Comparison) -> Figure:
     for i, (name, each) in enumerate(zip(comparison.names, progress, strict=True)):
         finished = len(comparison.searches[i].finished)
         if not len(each.spent):
-            axes.plot([], [], color=SERIES[i % len(SERIES)], label=f"{name}: none finished")
+            axes.plot([], [], color=SERIES[i % len(SERIES)], label=_label(f"{name}: none finished"))
             continue
         scale = 1.0 if same or not each.total else 1 / each.total
         x = np.append(each.spent, max(each.total, float(each.spent[-1]))) * scale
         axes.step(
             x, np.append(each.best, each.best[-1]), where="post", color=SERIES[i % len(SERIES)], linewidth=1.6,
-            label=f"{name} (n = {finished} finished)",
+            label=_label(f"{name} (n = {finished} finished)"),
         )  # fmt: skip
     if same and comparison.common:
         axes.axvline(comparison.common, color=COLOURS["muted"], linewidth=0.8, linestyle=":")
@@ -41,11 +43,12 @@ def best_over_hours(comparison: Comparison) -> Figure:
     axes.set_xlabel(f"{progress[0].unit} spent" if same else "part of what the search spent")
     curves = list(dict.fromkeys(each.curve for each in progress))
     axes.set_ylabel(f"best {' / '.join(curves)} of a finished trial")
-    axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.6)
-    axes.legend(loc="best", frameon=False)
+    axes.grid(axis="y")
+    axes.legend(loc="best")
     return figure
 
 
+@chart
 def winning_places(comparison: Comparison) -> Figure:
     """Do the searches agree on where the good values are? The winner's place in each range, 0 at its low end.
 
@@ -65,20 +68,27 @@ def winning_places(comparison: Comparison) -> Figure:
             if field is None or search.best is None or (value is None and None not in field.choices):
                 continue
             place = float(field.positions(pd.Series([value], dtype=object if field.kind == "choice" else None))[0])
+            if not np.isfinite(place):  # such as the base's 0 on a logarithm
+                continue
             if field.kind == "choice":
                 place /= max(1, len(field.choices) - 1)
             rows.append(row)
             places.append(place)
         # Beside one another where two winners lie at one place.
         shift = (i - (len(comparison.names) - 1) / 2) * 0.5 / len(comparison.names)
-        axes.scatter(places, np.array(rows) + shift, color=SERIES[i % len(SERIES)], s=34, label=name, zorder=3)
-    axes.set_yticks(range(len(paths)), paths)
+        axes.scatter(places, np.array(rows) + shift, color=SERIES[i % len(SERIES)], s=34, label=_label(name), zorder=3)
+    axes.set_yticks(range(len(paths)), list(map(one_line, paths)))
     axes.set_ylim(len(paths) - 0.5, -0.5)
     axes.set_xlim(-0.04, 1.04)
     axes.set_xticks([0, 0.5, 1], ["low end", "middle", "high end"])
     axes.set_xlabel("place in the range of that search, on the scale that was sampled")
     axes.set_title("Do the searches agree on where the good values are?")
-    axes.grid(axis="both", color=COLOURS["rule"], linewidth=0.6)
+    axes.grid(axis="both")
     axes.set_axisbelow(True)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def _label(name: str) -> str:
+    """A label that a legend shows: it leaves out what begins with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name

@@ -238,8 +238,8 @@ def _importance(search: SearchResults, matter: Sequence[Importance]) -> Section:
         return Section("importance", title, [f"It cannot be told: {why}."])
     texts = [f"{found.sentence()}." for found in matter]
     texts.append(
-        f"The noise floor is what the most important field stays below in 95 of 100 deals in which the objectives are "
-        f"handed out at random ({', '.join(f'{found.deals} deals for {found.method}' for found in matter)})."
+        "The noise floor is the largest importance that any field reached when the objectives were dealt out at random, "
+        f"{matter[0].deals} times: chance alone stays below it in {matter[0].deals} of {matter[0].deals + 1} searches."
     )
     alt = "Importance of each field by " + " and ".join(found.method for found in matter) + " with the noise floor"
     return Section("importance", title, texts, [_draw(field_charts.importances(matter), alt)])
