@@ -87,13 +87,16 @@ class Record:
         """Since the search began."""
         return time.monotonic() - self._start
 
-    def write(self, state: str, found: Found | None = None) -> None:
-        """Write the file: `state` is running, finished, interrupted, or failed (a bug)."""
+    def write(self, state: str, found: Found | None = None, before: float = 0.0) -> None:
+        """Write the file: `state` is running, finished, interrupted, or failed (a bug).
+
+        `before` is how long earlier processes ran the search, in seconds; the file has the sum.
+        """
         self._facts["state"] = state
         if found is not None:
             self._facts |= {
                 "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "seconds": round(self.seconds, 1),
+                "seconds": round(before + self.seconds, 1),
                 "trials": found.states,
                 "epochs": found.epochs_trained,
                 "gpu_hours": found.total("gpu_hours"),

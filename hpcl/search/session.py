@@ -311,7 +311,7 @@ class Session:
             tables.write()
             if found.best_trial and found.best and not self._listed:
                 write(self.folder / "best.yaml", found.best, header(self.space, found, found.best_trial, self._own))
-            self._record.write(state, found)
+            self._record.write(state, found, self.tables.seconds_before())
             self._mirror.sync(all_files=True)
         except StorageError as error:
             told = draining.interrupted and found.reason != "interrupted"  # what came first is the cause

@@ -238,7 +238,7 @@ def _importance(search: SearchResults, matter: Sequence[Importance]) -> Section:
         return Section("importance", title, [f"It cannot be told: {why}."])
     texts = [f"{found.sentence()}." for found in matter]
     texts.append(
-        "The noise floor is the largest importance that any field reached when the objectives were dealt out at random, "
+        "The noise floor is the largest importance that any field reached when the objectives were dealt out at random "
         f"{matter[0].deals} times: chance alone stays below it in {matter[0].deals} of {matter[0].deals + 1} searches."
     )
     alt = "Importance of each field by " + " and ".join(found.method for found in matter) + " with the noise floor"
