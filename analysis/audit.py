@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hpcl.analysis.audit import audit, one_line
 from hpcl.errors import UserError
-from hpcl.files import atomic_path, writing
+from hpcl.files import atomic_path, may_write, writing
 from hpcl.results import load_search
 
 
@@ -24,6 +24,8 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="write the table of correlations there, too")
     options = parser.parse_args()
     try:
+        if options.csv:
+            may_write(options.csv, "metric,rung", "analysis/audit.py", "name another file with --csv")
         found = audit(load_search(options.folder))
         if options.csv:
             with writing(options.csv), atomic_path(options.csv) as temporary:

@@ -13,8 +13,11 @@ from pathlib import Path
 
 from hpcl.analysis.charts.curves import curves
 from hpcl.errors import UserError
-from hpcl.files import atomic_path
+from hpcl.files import atomic_path, may_write
 from hpcl.results import load_search
+
+_BEGIN = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+"""How files of each kind begin: only such a one is overwritten."""
 
 
 def draw(folder: Path, out: Path, metric: str | None = None) -> None:
@@ -23,8 +26,9 @@ def draw(folder: Path, out: Path, metric: str | None = None) -> None:
     Raises:
         UserError: the folder is none of a search, has no such curve, or `out` is no picture's name.
     """
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out is {out}, but must end in .png, .svg or .pdf")
+    if out.suffix not in _BEGIN:
+        raise UserError(f"--out is {out}, but must end in {', '.join(_BEGIN)}")
+    may_write(out, _BEGIN[out.suffix], "analysis/curves.py", "name another file with --out")
     search = load_search(folder, metric=metric)
     shown = search.measured([search.about.metric or "acc_proto_ref", "clusters"])
     figure = curves(search, list(shown))

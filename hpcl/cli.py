@@ -230,7 +230,7 @@ def suggest(
 
 @app.command()
 def prototypes(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint.pt of a run or trial folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint.pt of a run or trial, or its folder.")],
     out: Annotated[Path | None, typer.Option(help="The page; default: prototypes.html beside the checkpoint.")] = None,
     images: Annotated[int, typer.Option(help="Nearest images of each prototype, 1 to 24.")] = 8,
     data: Annotated[str | None, typer.Option(help="Where the images it was trained on lie now.")] = None,
@@ -240,7 +240,8 @@ def prototypes(
         raise UserError(f"{checkpoint}: say with --out where the page goes")
     from hpcl.analysis.report.gallery import main as prototypes_main
 
-    prototypes_main(_here(checkpoint), out, images, data)
+    where = _here(checkpoint)
+    prototypes_main(where / "checkpoint.pt" if where.is_dir() else where, out, images, data)
 
 
 def _tables(folders: list[str], out: Path | None = None, name: str | None = None) -> list[Path]:

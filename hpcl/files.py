@@ -84,7 +84,7 @@ def _link(path: Path) -> UserError:
     )
 
 
-def may_write(out: Path, begins: str, command: str, instead: str, force: bool = False) -> None:
+def may_write(out: Path, begins: str | bytes, command: str, instead: str, force: bool = False) -> None:
     """See that a file can be written: there is none, or one whose first 200 bytes hold these words.
 
     Args:
@@ -104,7 +104,7 @@ def may_write(out: Path, begins: str, command: str, instead: str, force: bool = 
     if force or not out.exists():
         return
     try:
-        ours = begins.encode() in read_some(out, 200)
+        ours = (begins.encode() if isinstance(begins, str) else begins) in read_some(out, 200)
     except OSError as error:
         raise UserError(f"{out}: cannot be read ({error.strerror}); name another file") from error
     if not ours:

@@ -213,9 +213,7 @@ def test_charts_show_steps_and_places(tmp_path: Path) -> None:
     made = compare.compare([a, b])
     with rc_context({"axes.titlelocation": "center", "font.size": 30}):  # of a notebook
         axes = best_over_hours(made).axes[0]
-        assert (
-            winning_places(made).axes[0].get_title(loc="left") == "Do the searches agree on where the good values are?"
-        )
+        assert winning_places(made).axes[0].get_title(loc="left") == "Where did the winners lie?"
     assert axes.get_title(loc="left") == "What had each search found after the same hours?"
     line = axes.lines[0]
     np.testing.assert_allclose(line.get_xdata(), [0.02, 0.04, 0.04])

@@ -103,7 +103,8 @@ class Seen:
         if self.n < LEAST:
             return f"{self._counts()} finished, {LEAST} are needed"
         edges = [
-            f"{count} of the {self.good} best in the {name} tenth, p = {p:.2g}"
+            f"{count} of the {self.good} best in the {name} tenth, p = {p:.2g} corrected"
+            + ("" if p <= LEVEL else ", and the field matters and is best there")
             for name, count, p in (("lowest", self.at_low, self.p_low), ("highest", self.at_high, self.p_high))
             if name.removesuffix("est") in self.edges
         ]

@@ -27,7 +27,7 @@ from hpcl.analysis.notes import differences_from_notes
 from hpcl.analysis.pooled import Pool, Run, counted, one_line, pool, retrained
 from hpcl.config import Config
 from hpcl.errors import UserError, harmless
-from hpcl.files import read_some
+from hpcl.files import may_write
 from hpcl.results.load import load_searches
 from hpcl.stages import stage_lengths
 from hpcl.validation import show
@@ -340,24 +340,3 @@ def _retrained(config: Config, epochs: int) -> Config:
     whole = config.with_values({"data.subset": 1.0})
     own = whole.with_values({"stages.total": None})
     return own if sum(stage_lengths(own.stages)) == epochs else whole.with_values({"stages.total": epochs})
-
-
-def may_write(out: Path, first_line: str, command: str, instead: str, force: bool = False) -> None:
-    """See that a file can be written: there is none, or one whose first comment begins like this.
-
-    Raises:
-        UserError: it was not written by the command; says what to do instead.
-    """
-    name = one_line(str(out))
-    if not out.parent.is_dir():
-        raise UserError(f"{name}: there is no folder {one_line(str(out.parent))}")
-    if out.is_dir():
-        raise UserError(f"{name}: is a folder, but must be a file to write")
-    if force or not out.exists():
-        return
-    try:
-        ours = read_some(out, 200).startswith(f"# {first_line}".encode())
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
-    if not ours:
-        raise UserError(f"{name}: is there already, and not written by `{command}`; {instead}")

@@ -20,9 +20,10 @@ from pydantic import ValidationError
 from hpcl.analysis.edges import extended, narrowed
 from hpcl.analysis.pooled import counted, one_line, space_of
 from hpcl.analysis.ranges import EFFECT, LEAST, POWER, Seen, look, trials_needed
-from hpcl.analysis.robust import Candidate, may_write, robust_best
+from hpcl.analysis.robust import Candidate, robust_best
 from hpcl.config import Config
 from hpcl.errors import ConfigError, harmless
+from hpcl.files import may_write
 from hpcl.results import load_search
 from hpcl.search.params import Choice, Param, same
 from hpcl.search.space import Space, from_tree
@@ -148,9 +149,10 @@ def main(folder: Path, out: Path | None) -> None:
     Raises:
         UserError: the folder is no search with a space, or the file is there and was not written by this command.
     """
+    search = load_search(folder)
     out = folder / FILE if out is None else out
     may_write(out, FIRST_LINE, "hpcl suggest", "give another --out")
-    made = suggest(load_search(folder))
+    made = suggest(search)
     print(harmless("\n".join(made.lines())), flush=True)
     write(out, made.space.to_tree(), header(made))
     command = f"python run_search.py --space {shlex.quote(str(out))}"

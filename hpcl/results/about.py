@@ -101,7 +101,7 @@ def read_about(folder: Path, epochs: pd.DataFrame, notes: list[str]) -> tuple[Ab
         hours_shared=hours,
         facts=facts,
         base=base if isinstance(base, dict) else {},
-        notes=(*(str(note) for note in said.get("notes", list, []) or []), *notes),
+        notes=(*(f"said while it ran: {note}" for note in said.get("notes", list, []) or []), *notes),
     )
     return about, space
 

@@ -168,19 +168,31 @@ class Evidence:
         if len(self.candidates) < 2:
             return "there is no other to compare it with"
         first, second = self.candidates[:2]
-        assert first.mean is not None and second.mean is not None  # candidates have one
-        ahead = abs(first.mean - second.mean)
-        text = f"next is trial {second.trial_id} with {second.text()}: the difference of {ahead:.4f} "
-        if first.sd is None or second.sd is None:
-            return text + "cannot be judged with one seed; give more --seeds"
-        error = math.sqrt(first.sd**2 / first.n + second.sd**2 / second.n)
-        does = "is more than" if ahead > error else "is not more than"
-        return text + f"{does} its standard error, {error:.4f}"
+        return f"next is trial {second.trial_id} with {second.text()}: {_apart(first, second)}"
+
+    def over_base(self) -> str | None:
+        """How far the best is ahead of the base, in a sentence; None where it is the base, or the base has no value."""
+        base = next((s for s in self.standings if s.trial_id == self.base and s.mean is not None), None)
+        if self.best is None or base is None or base is self.best:
+            return None
+        return f"over the base, {_apart(self.best, base)}"
 
     def _search_ranks(self) -> dict[str, int]:
         known = [s for s in self.standings if s.search is not None]
         known.sort(key=lambda s: (-_upwards(s.search or 0.0, self.searched_by), s.trial_id))
         return {s.trial_id: rank for rank, s in enumerate(known, start=1)}
+
+
+def _apart(first: Standing, second: Standing) -> str:
+    """The difference of two means beside its standard error."""
+    assert first.mean is not None and second.mean is not None
+    ahead = abs(first.mean - second.mean)
+    text = f"the difference of {ahead:.4f} "
+    if first.sd is None or second.sd is None:
+        return text + "cannot be judged with one seed; give more --seeds"
+    error = math.sqrt(first.sd**2 / first.n + second.sd**2 / second.n)
+    does = "is more than" if ahead > error else "is not more than"
+    return text + f"{does} its standard error, {error:.4f}"
 
 
 def _standing(trial: str, rows: Sequence[Row]) -> Standing:

@@ -9,12 +9,13 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hpcl
-from hpcl.files import write_text
+from hpcl.files import read_object, write_text
 from hpcl.search.plan import Plan
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Record:
         self._facts: dict[str, Any] = {
             "name": plan.folder.name,
             "command": self.command,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "started": self._started(),
             "seed": {"sampler": space.search.seed, "trials": space.base.seed},
             "trials_asked": space.search.trials,
             "trials_at_a_time": plan.concurrency.trials,
@@ -86,6 +87,14 @@ class Record:
     def seconds(self) -> float:
         """Since the search began."""
         return time.monotonic() - self._start
+
+    def _started(self) -> str:
+        """When the search began: as an earlier process of it wrote, else now."""
+        with suppress(OSError, ValueError):
+            started = read_object(self._path).get("started")
+            if isinstance(started, str):
+                return started
+        return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
     def write(self, state: str, found: Found | None = None, before: float = 0.0) -> None:
         """Write the file: `state` is running, finished, interrupted, or failed (a bug).

@@ -93,7 +93,8 @@ def retrain(
     Args:
         folder: ``results/<name>`` of a search that does not run, or its URI.
         top: finished trials, the best ones; the base's configuration (trial 0) is retrained besides.
-        seeds: runs of each: the base's seed, and those that follow it.
+        seeds: runs of each, with the seeds after the search's own: with that one the trials were chosen, so it
+            would favour them.
         epochs: total epochs of a run, the stages in proportion; None: see :func:`retraining_space`.
         data: images in place of the search's.
         workers: processes that train a run together, in place of the search's.
@@ -114,7 +115,7 @@ def retrain(
         fetch(out)
         earlier = _earlier(out, space, search.tables.values)
         chosen = _chosen(search, top)
-        runs = _runs(search, chosen, [space.base.seed + i for i in range(seeds)], earlier)
+        runs = _runs(search, chosen, [space.base.seed + 1 + i for i in range(seeds)], earlier)
         space = replace(space, search=space.search.model_copy(update={"trials": len(runs)}))
         to_do = [run for run in runs if run.name not in earlier.trials or run.name in earlier.unfinished()]
         found = None
@@ -352,7 +353,8 @@ def _conclude(search: _Search, space: Space, runs: Sequence[Run], tables: Tables
     if evidence.best is not None and state == "finished":
         trial = evidence.best.trial_id
         best = space.config_for(search.tables.values[trial])
-        run = Run(trial, best.seed, {})  # has trained what `best.yaml` says
+        run = min((run for run in runs if run.trial == trial), key=lambda run: run.seed)
+        best = best.with_values({"seed": run.seed})  # what that run has trained
         write_best(search.folder, best, header(search.folder.resolve().name, evidence, run, tables.trials[run.name]))
         then = next_command(search.folder, evidence, run, tables.trials[run.name])
     # Read anew: the search may have been gone on with meanwhile.

@@ -95,7 +95,7 @@ def header(name: str, evidence: Evidence, run: Run, row: Row) -> str:
     Args:
         name: of the search.
         evidence: with a best configuration.
-        run: the run of it with the base's seed.
+        run: the run of it with the first seed, which `best.yaml` names.
         row: that run's row in the tables.
     """
     best = evidence.best

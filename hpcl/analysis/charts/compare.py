@@ -50,7 +50,7 @@ def best_over_hours(comparison: Comparison) -> Figure:
 
 @chart
 def winning_places(comparison: Comparison) -> Figure:
-    """Do the searches agree on where the good values are? The winner's place in each range, 0 at its low end.
+    """Where did the winners lie? The winner's place in each range, 0 at its low end.
 
     Choices lie at the place of their number among the choices; a field that did not act is left out.
     """
@@ -82,7 +82,7 @@ def winning_places(comparison: Comparison) -> Figure:
     axes.set_xlim(-0.04, 1.04)
     axes.set_xticks([0, 0.5, 1], ["low end", "middle", "high end"])
     axes.set_xlabel("place in the range of that search, on the scale that was sampled")
-    axes.set_title("Do the searches agree on where the good values are?")
+    axes.set_title("Where did the winners lie?")
     axes.grid(axis="both")
     axes.set_axisbelow(True)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

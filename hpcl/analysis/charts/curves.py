@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from hpcl.analysis.charts.look import COLOURS, chart, new_figure, nothing, whole_numbers
 from hpcl.analysis.leading import leading
@@ -48,6 +49,7 @@ def curves(search: SearchResults, metrics: list[str]) -> Figure:
         if metric == "clusters":
             ax.set_yscale("log", base=2)
             ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_ylabel(f"{metric} [{_UNITS[metric]}]" if _UNITS.get(metric) else metric)
         whole_numbers(ax)
     axes[-1, 0].set_xlabel(time_label(search))
@@ -200,10 +202,13 @@ def clusters(search: SearchResults, trial_ids: list[str]) -> Figure:
         counts.plot(x, rows["clusters"].to_numpy(dtype=np.float64), color=made, lw=2, drawstyle="steps-mid")
         counts.set_yscale("log", base=2)
         counts.yaxis.set_major_formatter("{x:g}")
+        counts.yaxis.set_minor_formatter(NullFormatter())
         counts.set_title(f"trial {trial_id}{' (base)' if search.trials['number'].iloc[row] == 0 else ''}", fontsize=9.5)
         low, high = (rows[name].to_numpy(dtype=np.float64) for name in ("size_min", "size_max"))
         sizes.fill_between(x, low, high, color=made, alpha=0.3, lw=0, step="mid")
         sizes.set_yscale("log")
+        sizes.yaxis.set_major_formatter("{x:g}")
+        sizes.yaxis.set_minor_formatter(NullFormatter())
         churn.plot(x, 1 - rows["churn_ami"].to_numpy(dtype=np.float64), color=made, lw=1.2, marker=".", ms=3)
         churn.set(xlabel="epoch", ylim=(-0.03, 1.03))
         whole_numbers(churn)

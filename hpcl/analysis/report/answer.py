@@ -52,8 +52,15 @@ def answer(search: SearchResults) -> Answer:
         return Answer(
             headline=f"Trial {lead['trial_id']}: {evidence.chosen_by} {evidence.best.text()}{was}",
             versus=f"the base: {base.text()}" if base is not None and base is not evidence.best else "",
-            sure=" ".join([_sentence(evidence.lead()), *(_left_out(s) for s in evidence.left_out)]),
-            cost=_cost(search),
+            sure=" ".join(
+                [
+                    *([_sentence(over)] if (over := evidence.over_base()) else []),
+                    _sentence(evidence.lead()),
+                    *(_left_out(s) for s in evidence.left_out),
+                ]
+            ),
+            cost=f"{_cost(search)}; retraining {counted(len(search.retrain), 'run')}, "
+            f"{float(search.retrain[search.cost_column].sum()):.3g} {search.cost_unit}",
             agree=_agree(search, str(lead["trial_id"])),
         )
     headline = f"Trial {lead['trial_id']}: {search.chosen_by} {lead['objective']:.4f}"
@@ -85,7 +92,7 @@ def _sure(search: SearchResults) -> str:
     """How far one run each can be trusted."""
     best, base, n = search.best, search.base_trial, len(search.finished)
     assert best is not None
-    then = "`hpcl retrain` trains the best and the base with several seeds."
+    then = "hpcl retrain trains the best and the base with several seeds."
     if search.about.kind == "tune":
         then = "Train the best ones again with several seeds."
     lucky = f" The best of {n} is also the luckiest of {n}: expect it worse the next time." if n > 2 else ""
@@ -142,7 +149,7 @@ def _agree(search: SearchResults, trial_id: str) -> str:
         rho = float(spearmanr(last[known], objective[known]).statistic)
         asked += 1
         agreeing += rank <= max(1, round(0.25 * int(known.sum())))
-        said.append(f"{name} puts it {_ordinal(rank)} of {int(known.sum())} (rank correlation {rho:.2f})")
+        said.append(f"{_ordinal(rank)} of {int(known.sum())} by {name} ({rho:.2f})")
     if not said:
         return ""
     if agreeing == asked:
@@ -151,7 +158,9 @@ def _agree(search: SearchResults, trial_id: str) -> str:
         verdict = "The other curves do not agree: none has it in its best quarter."
     else:
         verdict = f"The other curves agree in part: {agreeing} of {asked} have it in their best quarter."
-    return f"{verdict} At the last epoch {'; '.join(said)}."
+    return (
+        f"{verdict} At the last epoch it is {', '.join(said)}; in brackets: rank correlation with {search.chosen_by}."
+    )
 
 
 def final(search: SearchResults, curve: str) -> np.ndarray[Any, np.dtype[np.float64]]:

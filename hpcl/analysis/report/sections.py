@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from hpcl.analysis.audit import Audit, audit
@@ -16,6 +17,7 @@ from hpcl.analysis.charts import curves as curve_charts
 from hpcl.analysis.charts import fields as field_charts
 from hpcl.analysis.charts.look import listed, svg
 from hpcl.analysis.leading import evidence_of, leading
+from hpcl.config import STAGES
 from hpcl.errors import UserError, harmless
 from hpcl.results import Field, SearchResults
 from hpcl.results.fields import shown
@@ -73,6 +75,8 @@ class Told:
 class Comparison:
     """Several searches side by side."""
 
+    answer: str
+    """The best of all together, and by what; or why they cannot be taken together."""
     svg: str
     text: str
 
@@ -111,7 +115,21 @@ def comparison(searches: Sequence[SearchResults]) -> Comparison:
     over = _draw(compare_charts.best_over_hours(found), alt)
     alt = f"Where the winners of {names} lie in the ranges"
     places = _draw(compare_charts.winning_places(found), alt)
-    return Comparison(f"<figure>{over.svg}</figure><figure>{places.svg}</figure>", harmless("\n".join(found.lines())))
+    return Comparison(
+        answer=_together(searches),
+        svg=f"<figure>{over.svg}</figure><figure>{places.svg}</figure>",
+        text=harmless("\n".join(found.lines())),
+    )
+
+
+def _together(searches: Sequence[SearchResults]) -> str:
+    from hpcl.analysis.robust import robust_best
+
+    try:
+        found = robust_best(searches)
+    except UserError as error:
+        return harmless(f"They cannot be taken together: {'; '.join(error.problems)}")
+    return harmless(f"Of all together {found.best.name}: {found.evidence()}.")
 
 
 def _draw(figure: Figure, alt: str, *, small: bool = False) -> Drawing:
@@ -133,8 +151,14 @@ def _robust(search: SearchResults) -> tuple[str, str]:
     except UserError:
         return "", ""  # a folder of Tune's has no space in which trials could be near
     lead = leading(search)
-    same = lead is not None and found.best.trial_id == lead["trial_id"]
-    who = "the same trial" if same else f"rather trial {found.best.trial_id}"
+    who = "the same trial"
+    if lead is not None and found.best.trial_id != lead["trial_id"]:
+        who = f"rather trial {found.best.trial_id}"
+        other = next((c for c in found.candidates if c.trial_id == lead["trial_id"]), None)
+        if other is not None:
+            apart = found.best.low > other.high or found.best.high < other.low
+            told = "" if apart else ", which is not told apart from it"
+            who += f" (trial {other.trial_id}: {other.estimate:.4g}, {other.low:.4g} to {other.high:.4g}{told})"
     by = {"seeds": "By the median over seeds", "neighbourhood": "By its neighbours"}.get(found.by, "By its one run")
     return harmless(f"{who}: {found.evidence()}"), by
 
@@ -155,9 +179,22 @@ def _values(search: SearchResults) -> Section | None:
     differ = sum(row[1] != row[2] for row in rows)
     known = search.about.kind == "hpcl"
     text = f"{differ} of the {len(rows)} searched values that acted differ from the base's." if known else ""
+    if lengths := _lengths(search, str(best["trial_id"])):
+        first = search.base_trial
+        of_base = "" if first is None else _lengths(search, str(first["trial_id"]))
+        text += f" Its stages were {lengths} epochs long" + (f", the base's {of_base}." if of_base else ".")
     cells = [[harmless(cell) for cell in row] for row in rows]
     columns = ("field", f"trial {best['trial_id']}", "base", "searched")
     return Section("best", "The best configuration", [text] * known, table=Grid(columns, cells))
+
+
+def _lengths(search: SearchResults, trial_id: str) -> str:
+    """The stages' lengths of a trial as it was trained, such as 3/1/6/1/9; nothing where it did not finish."""
+    trial = search.trials[search.trials["trial_id"] == trial_id]
+    rows = search.epochs[search.epochs["trial_id"] == trial_id]
+    if trial.empty or trial["state"].iloc[0] != "finished" or not bool(rows["stage"].notna().any()):
+        return ""
+    return "/".join(str(int((rows["stage"] == stage).sum())) for stage in STAGES)
 
 
 def _seeds(search: SearchResults) -> Section | None:
@@ -187,13 +224,9 @@ def _curves(search: SearchResults) -> Section | None:
     names = list(search.measured(names))[:3]
     if not names:
         return None
-    stopped = search.trials[search.trials["state"] == "stopped"]
     texts = []
-    if len(stopped) and search.about.rungs:
-        at = stopped["epochs"].value_counts().sort_index()
-        spots = ", ".join(f"{n} at epoch {int(epoch)}" for epoch, n in list(at.items())[:8])
-        more = f" and {len(at) - 8} other epochs" if len(at) > 8 else ""
-        texts.append(f"Stopped early: {spots}{more}.")
+    if spots := _stopped_at(search):
+        texts.append(f"Stopped early: {spots}.")
     if "acc_proto" in names:
         texts.append(
             "acc_proto depends on the number of clusters, so its height does not compare trials; acc_proto_ref is the "
@@ -201,6 +234,18 @@ def _curves(search: SearchResults) -> Section | None:
         )
     alt = f"Curves of {' and '.join(names)} of {len(search.trials)} trials with stages and rungs"
     return Section("curves", "Who was stopped where?", texts, [_draw(curve_charts.curves(search, names), alt)])
+
+
+def _stopped_at(search: SearchResults) -> str:
+    """How many trials were stopped at which rung, in words."""
+    stopped = search.trials[search.trials["state"] == "stopped"]
+    if stopped.empty or not search.about.rungs:
+        return ""
+    last = search.epochs.groupby("trial_id")["clock"].max().reindex(stopped["trial_id"]).dropna()
+    rungs = np.array(search.about.rungs)
+    place = np.searchsorted(rungs, last.to_numpy() + 1e-6, side="right") - 1
+    counts = [(rungs[at], int((place == at).sum())) for at in range(len(rungs)) if (place == at).any()]
+    return ", ".join(f"{n} at the rung {rung:g}" for rung, n in counts)
 
 
 def _clusters(search: SearchResults) -> Section | None:
@@ -272,7 +317,9 @@ def _parallel(search: SearchResults, fields: Sequence[Field]) -> Section | None:
 
 
 def _audit(search: SearchResults, audited: Audit) -> Section:
-    texts = [audited.verdict.sentence, *(f"{note[:1].upper()}{note[1:]}." for note in audited.notes)]
+    knn = "knn" in set(audited.table["metric"])
+    labels = ["knn needs labels: it is shown as a yardstick and never named."] * knn
+    texts = [audited.verdict.sentence, *labels, *(f"{note[:1].upper()}{note[1:]}." for note in audited.notes)]
     figures, grid = [], None
     if len(audited.table):
         alt = f"Rank correlation of each curve with {audited.chosen_by} at each rung, with 95 % intervals"
