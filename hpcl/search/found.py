@@ -126,6 +126,7 @@ def _best_lines(space: Space, found: Found) -> list[str]:
     return [
         *lines,
         f"results  {folder}  (trials.parquet, epochs.parquet, best.yaml, trials/{best['trial_id']}/)",
+        f"look     hpcl report {shlex.quote(folder)}   (one page: how sure, why, and what to search next)",
         f"then     hpcl retrain {shlex.quote(folder)}   (the best ones at full length, with several seeds)",
         f"or       hpcl train {shlex.quote(shown(found.folder / 'best.yaml'))}",
     ]
