@@ -13,7 +13,7 @@ from hpcl.analysis.compare import probe_images
 from hpcl.analysis.leading import evidence_of, leading
 from hpcl.results import SearchResults
 from hpcl.results.search import PROBE
-from hpcl.search.evidence import Standing
+from hpcl.search.evidence import Evidence, Standing
 from hpcl.search.plan import counted
 
 COMPARABLE = ("acc_proto_ref", "inst_ref", "nce_ref", "proto_bits", "knn")
@@ -55,7 +55,7 @@ def answer(search: SearchResults) -> Answer:
             sure=" ".join(
                 [
                     *([_sentence(over)] if (over := evidence.over_base()) else []),
-                    _sentence(evidence.lead()),
+                    *([] if over and _next_is_base(evidence) else [_sentence(evidence.lead())]),
                     *(_left_out(s) for s in evidence.left_out),
                 ]
             ),
@@ -65,6 +65,10 @@ def answer(search: SearchResults) -> Answer:
         )
     headline = f"Trial {lead['trial_id']}: {search.chosen_by} {lead['objective']:.4f}"
     return Answer(headline, _versus(search), _sure(search), _cost(search), _agree(search, str(lead["trial_id"])))
+
+
+def _next_is_base(evidence: Evidence) -> bool:
+    return len(evidence.candidates) > 1 and evidence.candidates[1].trial_id == evidence.base
 
 
 def _sentence(text: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hpcl
+from hpcl.analysis.leading import evidence_of
 from hpcl.analysis.report.answer import Answer, answer
 from hpcl.analysis.report.sections import Section, comparison, of_search
 from hpcl.analysis.report.table import MOST_TEXT, Table, table
@@ -126,7 +127,11 @@ def _next(search: SearchResults) -> list[str]:
         return []
     if search.best is None:
         return [f"hpcl status {where}"]
-    retrain = [f"hpcl retrain {where} --top 3 --seeds 3"] if search.retrain.empty else []
+    retrain = [f"hpcl retrain {where} --top 3 --seeds 3"]
+    if evidence := evidence_of(search):
+        seeds = 2 * max(standing.n for standing in evidence.standings)
+        untold = "is not more than" in (evidence.over_base() or "")
+        retrain = [f"hpcl retrain {where} --top 3 --seeds {max(seeds, 3)}"] if untold else []
     train = [f"hpcl train {where}/best.yaml"] if (search.folder / "best.yaml").is_file() else []
     return [*retrain, f"hpcl suggest {where}", *train]
 
