@@ -16,8 +16,10 @@ from typing import Any
 import hpcl
 from hpcl.analysis.leading import evidence_of
 from hpcl.analysis.report.answer import Answer, answer
-from hpcl.analysis.report.sections import Section, comparison, of_search
+from hpcl.analysis.report.parts import Section
+from hpcl.analysis.report.sections import of_search
 from hpcl.analysis.report.table import MOST_TEXT, Table, table
+from hpcl.analysis.report.together import comparison
 from hpcl.errors import harmless
 from hpcl.files import may_write, write_text
 from hpcl.results import SearchResults

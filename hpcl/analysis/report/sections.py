@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from hpcl.analysis.audit import Audit, audit
 from hpcl.analysis.charts import audit as audit_charts
-from hpcl.analysis.charts import compare as compare_charts
 from hpcl.analysis.charts import curves as curve_charts
 from hpcl.analysis.charts import fields as field_charts
-from hpcl.analysis.charts.look import listed, svg
+from hpcl.analysis.charts.look import listed
 from hpcl.analysis.leading import evidence_of, leading
+from hpcl.analysis.report.parts import Grid, Section, draw
 from hpcl.config import STAGES
 from hpcl.errors import UserError, harmless
 from hpcl.results import Field, SearchResults
@@ -30,38 +29,6 @@ TIMELINES = 2
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A chart in the page."""
-
-    svg: str
-    small: bool = False
-    """Whether it is to stay small on a wide screen."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A small table in the page."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One question."""
-
-    id: str
-    title: str
-    texts: Sequence[str] = ()
-    figures: Sequence[Drawing] = ()
-    table: Grid | None = None
-    html: str = ""
-    """HTML that is taken as it is: its maker has escaped what it holds."""
-    folded: bool = False
-    """Whether it opens only when it is asked for."""
-
-
-@dataclass(frozen=True)
 class Told:
     """Sentences of the sections that belong on the first screen."""
 
@@ -69,16 +36,6 @@ class Told:
     by: str
     """What that sentence rests on."""
     verdict: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Several searches side by side."""
-
-    answer: str
-    """The best of all together, and by what; or why they cannot be taken together."""
-    svg: str
-    text: str
 
 
 def of_search(search: SearchResults, *, galleries: bool = True) -> tuple[Told, list[Section]]:
@@ -103,37 +60,6 @@ def of_search(search: SearchResults, *, galleries: bool = True) -> tuple[Told, l
     return Told(*_robust(search), harmless(audited.verdict.sentence)), [
         section for section in made if section is not None
     ]
-
-
-def comparison(searches: Sequence[SearchResults]) -> Comparison:
-    """Several searches side by side: the best so far over what they cost, and the table of ``hpcl compare``."""
-    from hpcl.analysis.compare import compare
-
-    found = compare(searches)
-    names = listed([search.about.name for search in searches])
-    alt = f"Best so far over the hours spent, for {names}"
-    over = _draw(compare_charts.best_over_hours(found), alt)
-    alt = f"Where the winners of {names} lie in the ranges"
-    places = _draw(compare_charts.winning_places(found), alt)
-    return Comparison(
-        answer=_together(searches),
-        svg=f"<figure>{over.svg}</figure><figure>{places.svg}</figure>",
-        text=harmless("\n".join(found.lines())),
-    )
-
-
-def _together(searches: Sequence[SearchResults]) -> str:
-    from hpcl.analysis.robust import robust_best
-
-    try:
-        found = robust_best(searches)
-    except UserError as error:
-        return harmless(f"They cannot be taken together: {'; '.join(error.problems)}")
-    return harmless(f"Of all together {found.best.name}: {found.evidence()}.")
-
-
-def _draw(figure: Figure, alt: str, *, small: bool = False) -> Drawing:
-    return Drawing(svg(figure, harmless(alt)), small)
 
 
 def _by_importance(search: SearchResults, matter: Sequence[Importance]) -> list[Field]:
@@ -216,7 +142,7 @@ def _seeds(search: SearchResults) -> Section | None:
 
 def _progress(search: SearchResults) -> Section:
     alt = f"Best {search.chosen_by} so far over the {search.cost_unit} spent by {search.about.name}"
-    return Section("progress", "What did the hours buy?", figures=[_draw(curve_charts.progress(search), alt)])
+    return Section("progress", "What did the hours buy?", figures=[draw(curve_charts.progress(search), alt)])
 
 
 def _curves(search: SearchResults) -> Section | None:
@@ -233,7 +159,7 @@ def _curves(search: SearchResults) -> Section | None:
             "same measure for all."
         )
     alt = f"Curves of {' and '.join(names)} of {len(search.trials)} trials with stages and rungs"
-    return Section("curves", "Who was stopped where?", texts, [_draw(curve_charts.curves(search, names), alt)])
+    return Section("curves", "Who was stopped where?", texts, [draw(curve_charts.curves(search, names), alt)])
 
 
 def _stopped_at(search: SearchResults) -> str:
@@ -263,7 +189,7 @@ def _clusters(search: SearchResults) -> Section | None:
     last = search.trials.set_index("trial_id")["epochs"]
     texts = [f"Trial {trial} grew {_growths(grew[grew['trial_id'] == trial], int(last[trial]))}." for trial in ids]
     alt = f"Number, sizes and churn of the clusters of trials {', '.join(ids)} by epoch"
-    return Section("clusters", "How did the clusters grow?", texts, [_draw(curve_charts.clusters(search, ids), alt)])
+    return Section("clusters", "How did the clusters grow?", texts, [draw(curve_charts.clusters(search, ids), alt)])
 
 
 def _growths(rows: Any, last: int) -> str:
@@ -287,7 +213,7 @@ def _importance(search: SearchResults, matter: Sequence[Importance]) -> Section:
         f"{matter[0].deals} times: chance alone stays below it in {matter[0].deals} of {matter[0].deals + 1} searches."
     )
     alt = "Importance of each field by " + " and ".join(found.method for found in matter) + " with the noise floor"
-    return Section("importance", title, texts, [_draw(field_charts.importances(matter), alt)])
+    return Section("importance", title, texts, [draw(field_charts.importances(matter), alt)])
 
 
 def _slices(search: SearchResults, fields: Sequence[Field]) -> Section | None:
@@ -296,12 +222,12 @@ def _slices(search: SearchResults, fields: Sequence[Field]) -> Section | None:
     shown = fields[:SLICES]
     more = f" The {len(shown)} most important of {len(fields)}." if len(fields) > len(shown) else ""
     alt = f"{search.chosen_by} against {listed([f.path for f in shown])}"
-    figures = [_draw(field_charts.slices(search, shown), alt)]
+    figures = [draw(field_charts.slices(search, shown), alt)]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         if second < len(fields):
             pair = fields[first], fields[second]
             alt = f"Mean {search.chosen_by} over {pair[0].path} and {pair[1].path}, with the trials in each tile"
-            figures.append(_draw(field_charts.pair(search, *pair), alt, small=True))
+            figures.append(draw(field_charts.pair(search, *pair), alt, small=True))
     text = (
         f"Each point is a finished trial; diamonds are the best and the base.{more} A tile with few trials says little."
     )
@@ -313,7 +239,7 @@ def _parallel(search: SearchResults, fields: Sequence[Field]) -> Section | None:
         return None
     shown = fields[: field_charts.MOST_FIELDS - 2]
     alt = f"Parallel coordinates of {listed([f.path for f in shown])} and {search.chosen_by}"
-    return Section("parallel", "What do good trials share?", figures=[_draw(field_charts.parallel(search, shown), alt)])
+    return Section("parallel", "What do good trials share?", figures=[draw(field_charts.parallel(search, shown), alt)])
 
 
 def _audit(search: SearchResults, audited: Audit) -> Section:
@@ -323,11 +249,11 @@ def _audit(search: SearchResults, audited: Audit) -> Section:
     figures, grid = [], None
     if len(audited.table):
         alt = f"Rank correlation of each curve with {audited.chosen_by} at each rung, with 95 % intervals"
-        figures.append(_draw(audit_charts.rank_by_rung(audited), alt))
+        figures.append(draw(audit_charts.rank_by_rung(audited), alt))
         grid = _audit_grid(audited)
     if len(audited.kept):
         alt = "Trials of the best quarter that stopping by each curve would have lost, against the epochs it would cost"
-        figures.append(_draw(audit_charts.lost_for_spent(audited), alt))
+        figures.append(draw(audit_charts.lost_for_spent(audited), alt))
     return Section("audit", "Which curve tells early what comes of a trial?", texts, figures, grid)
 
 
