@@ -288,5 +288,7 @@ def test_main_prints_a_line_per_level_and_writes_beside_the_checkpoint(
     assert sorted(each.name for each in path.parent.iterdir()) == ["checkpoint.pt", "prototypes.html"]
     blocked = tmp_path / "file"
     blocked.touch()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="there is no folder"):
         shown.main(path, blocked / "page.html", 4, None)
+    with pytest.raises(UserError, match="is there already, and not written by `hpcl prototypes`"):
+        shown.main(path, blocked, 4, None)
