@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hpcl.analysis.audit import audit, one_line
+from hpcl.analysis.audit import audit
+from hpcl.analysis.text import one_line
 from hpcl.errors import UserError
 from hpcl.files import atomic_path, may_write, writing
 from hpcl.results import load_search

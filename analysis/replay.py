@@ -14,8 +14,8 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from hpcl.analysis.audit import aligned, one_line
 from hpcl.analysis.replay import Recording, replay
+from hpcl.analysis.text import aligned, one_line
 from hpcl.errors import UserError
 from hpcl.results import load_search
 
@@ -47,7 +47,7 @@ def lines(
         )
     head = f"{about.name}: {recording.n} trials finished and {recording.diverged} diverged, "
     head += f"{recording.at_a_time} at a time; best by {recording.search.chosen_by}"
-    table = aligned(cells) if recording.n else ["no trial finished with an objective: nothing can be lost"]
+    table = aligned(cells, "  ") if recording.n else ["no trial finished with an objective: nothing can be lost"]
     return [one_line(head), *table, *(one_line(f"note: {note}") for note in recording.notes)]
 
 

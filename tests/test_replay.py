@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from recorded import known_search, run_script, write_search
 from rungs import Log, add, asha, feed
 
-from hpcl.analysis.audit import aligned, audit
+from hpcl.analysis.audit import audit
 from hpcl.analysis.replay import Recording, cutoff, replay
+from hpcl.analysis.text import aligned
 from hpcl.errors import UserError
 from hpcl.results import load_search
 
@@ -288,4 +289,4 @@ def test_names_forge_no_line_of_the_audit(tmp_path: Path) -> None:
     assert text[0].startswith("a note: forged\\x1b[31m: 40 trials")
     assert all(line.isprintable() for line in text) and not any(line.startswith("note: forged") for line in text)
     assert any(line.endswith(" a note: forged\\x1b[31m") for line in text)
-    assert aligned([["a\nb", "c"], ["d", "\x1b"]]) == ["  a b  c", "  d    \\x1b"]
+    assert aligned([["a\nb", "c"], ["d", "\x1b"]], "  ") == ["  a b  c", "  d    \\x1b"]

@@ -12,4 +12,5 @@ call the same functions.
       neighbours what the trials near one say of it           ranges   what was seen of a field's range
       notes      differences from the research notes          edges    ranges that are widened or narrowed
     charts/    a function per chart                         report/    the page: answer, sections, table, gallery
+    text       counts, tables and names in lines
 """

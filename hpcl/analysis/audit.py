@@ -19,8 +19,8 @@ import numpy as np
 
 from hpcl.analysis.replay import Recording, replay
 from hpcl.analysis.signals import ENOUGH, FEWEST, PART, SPARE, Resamples, association, design, partial, spearman
+from hpcl.analysis.text import aligned, one_line
 from hpcl.analysis.verdict import Verdict, judge
-from hpcl.errors import harmless
 from hpcl.results.search import SearchResults
 from hpcl.rng import seed_of
 from hpcl.search.clock import reached
@@ -126,7 +126,7 @@ class Audit:
                 )
             )
             before = row["metric"]
-        return aligned(cells)
+        return aligned(cells, "  ")
 
     def _kept(self) -> list[str]:
         cells = [("curve", "kept", "epochs", self.unit, "lost of the best quarter", "best kept", "regret")]
@@ -143,7 +143,7 @@ class Audit:
                     "-" if math.isnan(regret) else f"{regret:.4f}",
                 )
             )
-        return aligned(cells)
+        return aligned(cells, "  ")
 
 
 def audit(search: SearchResults, *, seed: int = 0) -> Audit:
@@ -323,18 +323,6 @@ def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(rows, columns=list(columns))
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines of a table, columns side by side; each row is one line, whatever its cells hold."""
-    cells = [[one_line(cell) for cell in row] for row in cells]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return ["  " + "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
-def one_line(text: str) -> str:
-    """The text as one line without control characters: a name with a line break must not forge a line."""
-    return harmless(" ".join(text.split()))
 
 
 def _number(value: float) -> str:

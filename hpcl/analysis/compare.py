@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from hpcl.analysis.pooled import (
     base_differences,
-    counted,
     differences,
     given_twice,
-    one_line,
     retrained,
     space_of,
 )
 from hpcl.analysis.progress import Progress, best_so_far
+from hpcl.analysis.text import aligned, counted, one_line
 from hpcl.errors import UserError, harmless
 from hpcl.results.fields import Field
 from hpcl.results.load import load_searches
@@ -101,10 +100,10 @@ class Comparison:
     def lines(self) -> list[str]:
         """All of it, as lines for a terminal."""
         lines = [f"not comparable: {why}" for why in self.apart]
-        lines += _table(self._overview())
+        lines += aligned(self._overview())
         if self.common is not None:
-            lines += ["", f"best so far after the same {self.progress[0].unit}", *_table(self._same_hours())]
-        lines += ["", "winning values", *_table(self._winners()), ""]
+            lines += ["", f"best so far after the same {self.progress[0].unit}", *aligned(self._same_hours())]
+        lines += ["", "winning values", *aligned(self._winners()), ""]
         lines += [f"seeds  {difference.text()}" for difference in self.differences]
         lines += [f"note   {note}" for note in self.notes]
         return [one_line(line) for line in lines]
@@ -346,8 +345,3 @@ def _at(tree: Any, path: str) -> Any:
 
 def _number(value: float | None, otherwise: str = "none") -> str:
     return otherwise if value is None or math.isnan(value) else f"{value:.4f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

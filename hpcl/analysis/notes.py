@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hpcl.analysis.text import aligned
 from hpcl.config import STAGES, Config, Stages
 from hpcl.stages import stage_lengths
 from hpcl.validation import field_paths, show
@@ -36,13 +37,8 @@ def differences_from_notes(config: Config, searched: Iterable[str] = ()) -> dict
             rows[SEARCHED if path in searched else BASE].append((path, show(value), f"(notes: {show(of)})"))
     if not any(rows.values()):
         return {SEARCHED: ["it is the notes' configuration"]}
-    lines = {title: _columns(found) for title, found in rows.items() if found}
+    lines = {title: aligned(found) for title, found in rows.items() if found}
     return {SEARCHED: ["what was searched has the notes' values"], **lines} if searched else lines
-
-
-def _columns(rows: list[tuple[str, str, str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return [f"{path:<{widths[0]}}  {value:<{widths[1]}}  {of}" for path, value, of in rows]
 
 
 def _lengths(lengths: tuple[int, ...]) -> str:

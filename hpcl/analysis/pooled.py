@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hpcl.analysis.text import counted, one_line
 from hpcl.config import Config
 from hpcl.errors import ConfigError, UserError
 from hpcl.results.fields import Field, shown
@@ -176,16 +177,6 @@ def retrained(search: SearchResults) -> tuple[list[Retrained], list[str]]:
         if why is not None:
             notes.append(f"trial {trial} of {search.about.name} was retrained, but is left out: {why}")
     return found, notes
-
-
-def counted(n: int, noun: str, several: str = "") -> str:
-    """A number of things, such as "1 trial" or "2 trials"."""
-    return f"{n} {noun if n == 1 else several or noun + 's'}"
-
-
-def one_line(text: str) -> str:
-    """The text without ends of lines: a folder's or field's name that holds one must not forge a line."""
-    return " ".join(text.splitlines())
 
 
 def space_of(search: SearchResults) -> Space:

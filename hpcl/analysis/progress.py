@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hpcl.analysis.pooled import counted
+from hpcl.analysis.text import counted
 from hpcl.errors import UserError
 
 if TYPE_CHECKING:

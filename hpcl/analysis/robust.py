@@ -24,7 +24,8 @@ from pydantic import ValidationError
 
 from hpcl.analysis.neighbours import smooth
 from hpcl.analysis.notes import differences_from_notes
-from hpcl.analysis.pooled import Pool, Run, counted, one_line, pool, retrained
+from hpcl.analysis.pooled import Pool, Run, pool, retrained
+from hpcl.analysis.text import counted, one_line
 from hpcl.config import Config
 from hpcl.errors import UserError, harmless
 from hpcl.files import may_write

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from hpcl.analysis.edges import extended, narrowed
-from hpcl.analysis.pooled import counted, one_line, space_of
+from hpcl.analysis.pooled import space_of
 from hpcl.analysis.ranges import EFFECT, LEAST, POWER, Seen, look, trials_needed
 from hpcl.analysis.robust import Candidate, robust_best
+from hpcl.analysis.text import aligned, counted, one_line
 from hpcl.config import Config
 from hpcl.errors import ConfigError, harmless
 from hpcl.files import may_write
@@ -75,9 +76,7 @@ class Suggestion:
         """The table and what follows from it, as lines for a terminal and for the file's header."""
         cells = [("field", "range", "next", "verdict", "seen")]
         cells += [(c.path, c.before, c.after if c.changed else "the same", c.why, c.seen.text()) for c in self.changes]
-        widths = [max(len(row[i]) for row in cells) for i in range(5)]
-        table = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return [one_line(line) for line in (*table, *(f"note: {note}" for note in self.notes))]
+        return [*aligned(cells), *(one_line(f"note: {note}") for note in self.notes)]
 
 
 def suggest(search: SearchResults) -> Suggestion:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hpcl.analysis.charts.look import COLOURS, SERIES, chart, new_figure, nothing
-from hpcl.analysis.pooled import one_line
+from hpcl.analysis.text import one_line
 
 if TYPE_CHECKING:
     from hpcl.analysis.compare import Comparison

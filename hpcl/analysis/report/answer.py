@@ -11,10 +11,10 @@ from scipy.stats import norm, spearmanr
 
 from hpcl.analysis.compare import probe_images
 from hpcl.analysis.leading import evidence_of, leading
+from hpcl.analysis.text import counted
 from hpcl.results import SearchResults
 from hpcl.results.search import PROBE
 from hpcl.search.evidence import Evidence, Standing
-from hpcl.search.plan import counted
 
 COMPARABLE = ("acc_proto_ref", "inst_ref", "nce_ref", "proto_bits", "knn")
 """Curves that are the same function for every trial, so that their last values can be compared."""

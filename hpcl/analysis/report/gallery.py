@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from hpcl.analysis.text import counted
 from hpcl.errors import UserError, harmless
 from hpcl.files import may_write, write_text
 
@@ -154,7 +155,7 @@ def main(checkpoint: Path, out: Path | None, images: int, data: str | None) -> N
     print(harmless(found.describe()))
     for depth, level in enumerate(gallery.levels, 1):
         sizes = [prototype.size for prototype in level.prototypes]
-        line = f"level {depth}: {_counted(len(sizes), 'prototype')} of {min(sizes)}..{max(sizes)} images"
+        line = f"level {depth}: {counted(len(sizes), 'prototype')} of {min(sizes)}..{max(sizes)} images"
         if level.purity is not None:
             line += f", purity {level.purity:.3f}, AMI with the labels {_number(level.ami)}"
         print(line)
@@ -198,7 +199,7 @@ def _largest_first(prototype: GalleryPrototype) -> tuple[int, int]:
 
 def _words(prototype: GalleryPrototype, depth: int) -> dict[str, Any]:
     """What a card of level `depth`, from 1, says of its prototype."""
-    alt = f"{_counted(len(prototype.nearest), 'image')} nearest to prototype {prototype.number + 1} of level {depth}"
+    alt = f"{counted(len(prototype.nearest), 'image')} nearest to prototype {prototype.number + 1} of level {depth}"
     label = None
     if prototype.class_name is not None and prototype.purity is not None:
         label = _short(harmless(prototype.class_name))
@@ -224,10 +225,6 @@ def _left_out(gallery: Gallery, per_level: list[int]) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _percent(share: float) -> str:
@@ -299,7 +296,7 @@ def _environment() -> Environment:
 
     folder = FileSystemLoader(Path(__file__).parent)
     made = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"percent": _percent, "number": _number, "counted": _counted}
+    made.filters |= {"percent": _percent, "number": _number, "counted": counted}
     return made
 
 
