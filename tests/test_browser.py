@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from galleries import made, noise
 from test_report import a_search
 
+from hpcl.analysis.report import gallery
 from hpcl.analysis.report.page import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -126,3 +128,14 @@ def test_without_scripts_and_in_print_the_best_trials_are_there(browser: Any, re
         opened.page.emulate_media(media="print")
         assert not opened.page.locator("nav").is_visible()
         assert len(opened.page.pdf()) > 20_000
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_prototypes_shows_its_pictures(browser: Any, tmp_path: Path, scheme: str) -> None:
+    path = tmp_path / "prototypes.html"
+    path.write_text(gallery.page(gallery.fragment(made([3, 6]), noise(3)), "Prototypes"), encoding="utf-8")
+    with Opened(browser, path, color_scheme=scheme, viewport={"width": 390, "height": 800}) as opened:
+        widths = opened.page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)")
+        assert len(widths) == 9 and all(widths)
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390
+        opened.quiet(path)
