@@ -98,7 +98,7 @@ def fragment(gallery: Gallery, images: Pixels) -> str:
         }
 
     return (
-        _environment()
+        environment()
         .get_template("gallery.html")
         .render(
             gallery=gallery,
@@ -120,7 +120,7 @@ def page(body: str, title: str, notes: Sequence[str] = ()) -> str:
         notes: lines of plain text below the title, such as the file and the images.
     """
     return (
-        _environment()
+        environment()
         .get_template("gallery_page.html")
         .render(
             marker=MARKER,
@@ -291,7 +291,8 @@ def _thumb(pixels: Pixels, edge: int) -> Image.Image:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of this folder; whatever is put into one is escaped."""
     from jinja2 import Environment, FileSystemLoader
 
     folder = FileSystemLoader(Path(__file__).parent)

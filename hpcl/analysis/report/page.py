@@ -16,6 +16,7 @@ from typing import Any
 import hpcl
 from hpcl.analysis.leading import evidence_of
 from hpcl.analysis.report.answer import Answer, answer
+from hpcl.analysis.report.gallery import CSS, environment
 from hpcl.analysis.report.parts import Section
 from hpcl.analysis.report.sections import of_search
 from hpcl.analysis.report.table import MOST_TEXT, Table, table
@@ -58,7 +59,7 @@ def write_report(searches: Sequence[SearchResults], out: Path, *, galleries: boo
         galleries: show what the best trial's prototypes hold, where its checkpoint and its images are still there.
 
     Raises:
-        UserError: `out` cannot be written, or the page would not be one that opens everywhere.
+        StorageError: `out` cannot be written.
     """
     text = render(searches, galleries=galleries)
     if galleries and len(text) > MOST_BYTES * len(searches):
@@ -68,27 +69,20 @@ def write_report(searches: Sequence[SearchResults], out: Path, *, galleries: boo
 
 def render(searches: Sequence[SearchResults], *, galleries: bool = True) -> str:
     """The page as text; see :func:`write_report`."""
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    from hpcl.analysis.report.gallery import CSS as GALLERY_CSS
-
     names = ", ".join(harmless(search.about.name) for search in searches)
-    return environment.get_template("page.html").render(
-        marker=MARKER,
-        title=f"{names}: results",
-        css=(_HERE / "page.css").read_text(encoding="utf-8") + GALLERY_CSS,
-        script=(_HERE / "table.js").read_text(encoding="utf-8"),
-        parts=[_part(search, galleries) for search in searches],
-        comparison=comparison(searches) if len(searches) > 1 else None,
-        footer=f"Written {time.strftime('%Y-%m-%d %H:%M')} by hpcl {hpcl.__version__} from "
-        f"{', '.join(harmless(str(search.folder)) for search in searches)}.",
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            marker=MARKER,
+            title=f"{names}: results",
+            css=(_HERE / "page.css").read_text(encoding="utf-8") + CSS,
+            script=(_HERE / "table.js").read_text(encoding="utf-8"),
+            parts=[_part(search, galleries) for search in searches],
+            comparison=comparison(searches) if len(searches) > 1 else None,
+            footer=f"Written {time.strftime('%Y-%m-%d %H:%M')} by hpcl {hpcl.__version__} from "
+            f"{', '.join(harmless(str(search.folder)) for search in searches)}.",
+        )
     )
 
 
