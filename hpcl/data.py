@@ -13,7 +13,7 @@ import json
 import os
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,13 @@ class ImageSet:
     """(where, reason) of everything that looked like an image and was left out."""
     other_files: int = 0
     """Files in the folder that are no images."""
+    coarse_labels: Ids | None = None
+    """(N,) places in `coarse_classes`; None where the source has none."""
+    coarse_classes: tuple[str, ...] = ()
+    novel_val: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Sorted places of images whose classes never occur in training, for choosing; empty where there are none."""
+    novel_test: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """The same for testing."""
 
     def describe(self) -> str:
         """One line: source, size, classes, parts, what was left out.

@@ -1,0 +1,54 @@
+"""What a downstream task gives: one row per measured value. No torch here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Encoder = Literal["trained", "untrained", "pixels", "supervised", "sgan"]
+"""What is measured, or what it is compared with.
+
+- `trained`: the checkpoint's query network.
+- `untrained`: the same network with the random weights it would start from.
+- `pixels`: no network; the normalised image itself is the feature vector.
+- `supervised`: the same network trained from scratch on the same labels that the task uses.
+- `sgan`: a semi-supervised GAN trained from scratch on the same labels.
+"""
+
+BASELINES: tuple[Encoder, ...] = ("untrained", "pixels", "supervised")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One value of one task, measured once."""
+
+    task: str
+    """Name of the task, such as `linear`."""
+    setting: str
+    """What of it, such as `1 % of labels` or `5-way 1-shot, centroid`."""
+    measure: str
+    """`accuracy`, `AMI`, `mAP (11-point)`, ..."""
+    encoder: Encoder
+    seed: int
+    """Of the task: label lists, episodes, random starts."""
+    value: float
+    """0..1 (AMI and ARI can be below 0)."""
+    count: int
+    """Images, episodes or objects that were scored."""
+    ci95: float | None = None
+    """Half-width of the 95 % interval of this one value where the task knows it (episodes)."""
+
+    @property
+    def variance(self) -> float:
+        """Of this one value, from the things it was scored on; 0 where nothing is known of it."""
+        if self.ci95 is not None:
+            return (self.ci95 / 1.96) ** 2
+        if self.measure == "accuracy" and self.count:
+            return self.value * (1 - self.value) / self.count
+        return 0.0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is a value at all."""
+        return math.isfinite(self.value)
