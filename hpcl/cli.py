@@ -1,4 +1,4 @@
-"""The command line: ``hpcl train | knn | prototypes | export``, ``search | status | retrain | doctor`` and
+"""The command line: ``hpcl train | knn | evaluate | prototypes | export``, ``search | status | retrain | doctor`` and
 ``report | compare | best | suggest``.
 
 Torch is imported inside the commands that need it, so that ``--help`` answers at once.
@@ -95,6 +95,52 @@ def knn(
     print(
         f"kNN accuracy {accuracy:.4f} on {count} {part} images (k = {min(k, len(images.train))}, T = {temperature:g})"
     )
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="checkpoint.pt of a run or trial; several are seeds of one configuration.")
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="all, or some of knn, linear, fewshot, finetune, distill, sgan, clusters, voc, detection; with commas."
+        ),
+    ] = "all",
+    data: Annotated[str | None, typer.Option(help="Other images than those it was trained on.")] = None,
+    voc: Annotated[Path | None, typer.Option(help="Folder in VOC2007 form, for the tasks voc and detection.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each task: label lists, episodes, random starts.")] = 3,
+    split: Annotated[str, typer.Option(help="Images that are scored: test or val.")] = "test",
+    baselines: Annotated[bool, typer.Option(help="Also measure what it is compared with.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Table the rows are added to; default: downstream.parquet beside the first.")
+    ] = None,
+) -> None:
+    """Downstream tasks on a checkpoint, beside the untrained encoder, raw pixels and supervised training."""
+    from hpcl.downstream.scores import TASK_NAMES
+
+    names = list(TASK_NAMES) if tasks == "all" else [name.strip() for name in tasks.split(",")]
+    problems = [
+        f"--tasks names {name}, but must name some of {', '.join(TASK_NAMES)}"
+        for name in names
+        if name not in TASK_NAMES
+    ]
+    if split not in ("val", "test"):
+        problems.append(f"--split is {split}, but must be val or test")
+    if out is None and "://" in checkpoints[0]:
+        problems.append(f"{checkpoints[0]}: say with --out where downstream.parquet goes")
+    if problems:
+        raise UserError(*problems)
+    from hpcl.analysis.downstream import main as evaluate_main
+
+    files = [_here(checkpoint) for checkpoint in checkpoints]
+    files = [file / "checkpoint.pt" if file.is_dir() else file for file in files]
+    part: Literal["val", "test"] = "val" if split == "val" else "test"
+    evaluate_main(
+        files, names, out or files[0].parent / "downstream.parquet", data=data, voc=voc, seeds=seeds, split=part,
+        baselines=baselines,
+    )  # fmt: skip
 
 
 @app.command()

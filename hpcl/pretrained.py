@@ -45,7 +45,11 @@ def load_network(checkpoint: Path, side: Side = "query") -> tuple[Config, Networ
     Raises:
         UserError: no such checkpoint, or its backbone was a module given in Python.
     """
-    state = load_checkpoint(checkpoint)
+    return network_of(load_checkpoint(checkpoint), checkpoint, side)
+
+
+def network_of(state: dict[str, Any], checkpoint: Path, side: Side = "query") -> tuple[Config, Network, int]:
+    """As :func:`load_network`, out of a checkpoint's content."""
     if state["backbone"] is not None:
         raise UserError(
             f"{checkpoint}: its backbone is {state['backbone']}, given in Python, which a checkpoint cannot rebuild; "

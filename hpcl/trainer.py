@@ -29,6 +29,9 @@ from hpcl.config import Config
 from hpcl.data import DeviceImages, load
 from hpcl.data_rules import data_problems
 from hpcl.dist import current_world
+from hpcl.downstream.bench import Bench
+from hpcl.downstream.scores import OBJECTIVES
+from hpcl.downstream.tasks import objective as task_objective
 from hpcl.errors import UserError
 from hpcl.features import FeaturePass
 from hpcl.files import claimed, refuse_links, write_text, writing
@@ -79,7 +82,8 @@ def fit(
             then `config.model.backbone` is not used.
         report: called after every epoch with its row, on every rank.
         objective: `auto` or `linear` measures a linear probe on the validation split at
-            the end, where labels exist; a column's name takes its last value; None: nothing.
+            the end, where labels exist; a downstream task such as `finetune@val` that task;
+            a column's name takes its last value; None: nothing.
         fork: a checkpoint of a run that agrees on all that acted in it (:mod:`hpcl.prefix`):
             where the folder has none yet, its epochs are taken over as `shared` and not trained.
         until_stage: train through the end of this stage only, for runs that fork from it.
@@ -116,7 +120,7 @@ class Trainer:
         device = self.world.device
         nearest_centroid_search(config.clusters.backend, device)  # is it there? before any training
 
-        images = DeviceImages(self.data, device)
+        images = self._images = DeviceImages(self.data, device)
         channels, height, width = self.data.images.shape[1:]
         network = build_network(config.model, config.head, channels, config.seed, backbone, (height, width))
         self._backbone_name = None if backbone is None else type(network.backbone).__name__
@@ -341,6 +345,12 @@ class Trainer:
     def _objective(self, row: Row) -> float | None:
         if self.objective in ("auto", "linear"):
             return self.meters.linear_probe(self.pair.query)
+        if self.objective in OBJECTIVES:
+            bench = Bench(
+                self.config, self.pair.query, self.data, self.world, split="val", device_images=self._images,
+                state=self._state(),
+            )  # fmt: skip
+            return task_objective(self.objective, bench)
         value: float | None = row.get(self.objective) if self.objective else None
         return value
 

@@ -38,6 +38,7 @@ class Bench:
         *,
         split: Split = "test",
         state: dict[str, Any] | None = None,
+        device_images: DeviceImages | None = None,
     ) -> None:
         """
         Args:
@@ -47,9 +48,10 @@ class Bench:
             world: device, and ranks that share feature passes.
             split: the part that is scored. With `val` nothing ever looks at test images.
             state: the checkpoint's content, for tasks about its prototypes.
+            device_images: `images` on the device, where a caller holds them there already.
         """
         self.config, self.images, self.world, self.split, self.state = config, images, world, split, state
-        self.device_images = DeviceImages(images, world.device)
+        self.device_images = device_images or DeviceImages(images, world.device)
         self._trained = network
         self._networks: dict[tuple[Encoder, int], Network] = {}
         self._features: dict[tuple[Encoder, int, Part], Tensor] = {}
@@ -103,8 +105,9 @@ class Bench:
                 for start in range(0, max(1, len(ids)), EVAL_BATCH)
             ]
             return torch.cat(parts)
-        passes = FeaturePass(self.device_images, self.world, torch.float32)
-        return passes.of_images(self.network(encoder, seed), ids, use_head=False).backbone.float()
+        network = self.network(encoder, seed)
+        passes = FeaturePass(self.device_images, self.world, next(network.parameters()).dtype)
+        return passes.of_images(network, ids, use_head=False).backbone.float()
 
     def untrained(self, seed: int) -> Network:
         """A fresh copy of the network with random weights, on the device."""

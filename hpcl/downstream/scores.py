@@ -52,3 +52,25 @@ class Score:
     def is_finite(self) -> bool:
         """Whether there is a value at all."""
         return math.isfinite(self.value)
+
+
+LABELS_USED: dict[str, str] = {
+    "knn": "the labels of all training images vote",
+    "linear": "a linear classifier is fitted to the labels of all training images",
+    "fewshot": "1 or 5 labels of each class at a time, of classes that never occur in training",
+    "finetune": "1 % and 10 % of the training images' labels",
+    "distill": "10 % of the training images' labels, for the teacher",
+    "sgan": "1 % and 10 % of the training images' labels",
+    "clusters": "the labels of all training images, only to compare clusters with; none is fitted to",
+    "voc": "which objects the trainval images show",
+    "detection": "the boxes of the trainval images",
+}
+"""Tasks, in the order of their tables, and which labels they use besides those of the scored images."""
+
+TASK_NAMES = tuple(LABELS_USED)
+
+VOC_TASKS = ("voc", "detection")
+"""Tasks on a folder in VOC form, not on the images of the run."""
+
+OBJECTIVES = tuple(f"{task}@val" for task in ("knn", "linear", "fewshot", "finetune", "distill", "clusters"))
+"""Tasks that can choose the best trial of a search (`search.objective`): their first score, on validation images."""

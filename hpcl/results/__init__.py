@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcl.results.columns import (
     CURVES,
+    DOWNSTREAM_COLUMNS,
     EPOCH_COLUMNS,
     LOWER_IS_BETTER,
     RETRAIN_COLUMNS,
@@ -19,6 +20,7 @@ from hpcl.results.columns import (
     Column,
     State,
     clean,
+    downstream_schema,
     epoch_schema,
     retrain_schema,
     trial_schema,
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
     from hpcl.results.search import SearchResults
 
 __all__ = [
-    "CURVES", "EPOCH_COLUMNS", "LOWER_IS_BETTER", "RETRAIN_COLUMNS", "TIME_COLUMNS", "TRIAL_COLUMNS",
-    "Column", "Field", "SearchResults", "State",
-    "clean", "epoch_schema", "load_search", "read_rows", "retrain_schema", "trial_schema", "write_table",
+    "CURVES", "DOWNSTREAM_COLUMNS", "EPOCH_COLUMNS", "LOWER_IS_BETTER", "RETRAIN_COLUMNS", "TIME_COLUMNS",
+    "TRIAL_COLUMNS", "Column", "Field", "SearchResults", "State", "clean", "downstream_schema", "epoch_schema",
+    "load_search", "read_rows", "retrain_schema", "trial_schema", "write_table",
 ]  # fmt: skip
 
 _LOADED = {"Field": "fields", "SearchResults": "search", "load_search": "load"}

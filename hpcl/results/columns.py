@@ -1,7 +1,8 @@
 """The columns of the tables that a search leaves behind: names, types, units and meanings.
 
 ``epochs.parquet`` has one row per trial and epoch, ``trials.parquet`` one per
-trial, ``retrain.parquet`` one per run of ``hpcl retrain``. A value that was not
+trial, ``retrain.parquet`` one per run of ``hpcl retrain``, ``downstream.parquet``
+one per value that ``hpcl evaluate`` measured. A value that was not
 measured is null, never 0 and never NaN.
 """
 
@@ -101,6 +102,26 @@ RETRAIN_COLUMNS: tuple[Column, ...] = (
 )
 """Columns of ``retrain.parquet``: one row per run of ``hpcl retrain`` (in ``retrain/trials/<id>-seed<seed>``)."""
 
+DOWNSTREAM_COLUMNS: tuple[Column, ...] = (
+    Column("task", "string", "", "knn, linear, fewshot, finetune, distill, sgan, clusters, voc or detection"),
+    Column("setting", "string", "", "what of the task, such as `1 % of labels`"),
+    Column("measure", "string", "", "accuracy, AMI, ARI, purity, mAP (11-point), mAP (all-point) or AP50"),
+    Column("encoder", "string", "", "trained, or what it is compared with: untrained, pixels, supervised, sgan"),
+    Column("seed", "int64", "", "of the task: label lists, episodes, random starts"),
+    Column("value", "float64", "0..1", "the value; AMI and ARI can be below 0"),
+    Column("ci95", "float64", "0..1", "half-width of its 95 % interval over episodes; null for other tasks"),
+    Column("count", "int64", "count", "images, episodes or objects that were scored"),
+    Column("split", "string", "", "the part that was scored, test or val"),
+    Column("checkpoint", "string", "", "the checkpoint's path as given"),
+    Column("checkpoint_hash", "string", "", "SHA-256 of the checkpoint file"),
+    Column("source", "string", "", "the images (or the folder in VOC form) that were used"),
+    Column("data_hash", "string", "", "content hash of the images; null for a folder in VOC form"),
+    Column("seconds", "float64", "s", "wall time of the task for this seed, all encoders together"),
+    Column("time", "string", "UTC", "when it was measured, ISO 8601"),
+    Column("version", "string", "", "version of hpcl"),
+)
+"""Columns of ``downstream.parquet``: one row per value that ``hpcl evaluate`` measured; later runs add theirs."""
+
 TIME_COLUMNS = ("seconds", "seconds_cluster", "seconds_train", "seconds_meters", "images_per_second", "arrival")
 """Epoch columns that differ between two runs of the same seed."""
 
@@ -141,6 +162,11 @@ def trial_schema(searched: Mapping[str, Literal["int64", "float64", "string", "b
 def retrain_schema() -> pa.Schema:
     """The Arrow schema of ``retrain.parquet``."""
     return _schema(RETRAIN_COLUMNS)
+
+
+def downstream_schema() -> pa.Schema:
+    """The Arrow schema of ``downstream.parquet``."""
+    return _schema(DOWNSTREAM_COLUMNS)
 
 
 def _schema(columns: Sequence[Column]) -> pa.Schema:

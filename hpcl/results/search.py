@@ -48,7 +48,7 @@ class SearchResults:
         if self.about.objective == "auto":
             measured = "objective" in self.epochs and bool(self.epochs["objective"].notna().any())
             return PROBE if measured else str(self.about.metric)
-        return PROBE if self.about.objective == "linear" else self.about.objective
+        return PROBE if self.about.objective in ("linear", "linear@val") else self.about.objective
 
     @property
     def sign(self) -> float:

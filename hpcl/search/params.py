@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hpcl.config import Count, Positive, Section
+from hpcl.downstream.scores import OBJECTIVES
 from hpcl.results import CURVES, LOWER_IS_BETTER
 from hpcl.yamlio import did_you_mean
 
@@ -181,8 +182,10 @@ class Search(Section):
     mode: Literal["max", "min"] = "max"
     """Better end of the metric; follows from it (`min` for nce_ref and the losses)."""
     objective: str = "auto"
-    """What chooses among finished trials: `linear` (linear probe on a validation split), a
-    curve at its last epoch, or `auto` (linear where labels exist, else the metric)."""
+    """What chooses among finished trials: `linear` (linear probe on a validation split), a downstream
+    task at the end of the trial on validation images (`linear@val`, `knn@val`, `fewshot@val`,
+    `finetune@val`, `distill@val`, `clusters@val`), a curve at its last epoch, or `auto` (linear
+    where labels exist, else the metric). Test images never choose."""
     clock: Literal["stage", "epoch"] = "stage"
     """What the rungs count: `stage`, the place in the base's schedule, so that a rung means the
     same place in trials whose stages differ in length; or `epoch`, the trial's own epochs."""
@@ -236,7 +239,7 @@ class Search(Section):
     @field_validator("metric", "objective")
     @classmethod
     def _known_curve(cls, value: str, info: ValidationInfo) -> str:
-        known = CURVES if info.field_name == "metric" else ("auto", "linear", *CURVES)
+        known = CURVES if info.field_name == "metric" else ("auto", "linear", *OBJECTIVES, *CURVES)
         if value not in known:
             raise ValueError(f"{value} is no curve{did_you_mean(value, known)} (there are: {', '.join(known)})")
         return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from hpcl.downstream.scores import OBJECTIVES
 from hpcl.search.params import Choice, Param
 from hpcl.search.places import shown
 from hpcl.search.plan import Plan, counted, duration, number
@@ -20,6 +21,8 @@ def render(plan: Plan) -> str:
         "linear": "linear probe on the validation split",
         "auto": f"linear probe on the validation split where labels exist, else {search.metric}",
     }.get(search.objective, f"{search.objective} at the last epoch")
+    if search.objective in OBJECTIVES:
+        winner = f"{search.objective.partition('@')[0]} on the validation split at the end of a trial"
     tpe = f", TPE after {counted(plan.startup, 'finished trial')}" if search.sampler == "tpe" else ""
     end = "higher" if search.mode == "max" else "lower"
     rows = [

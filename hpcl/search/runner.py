@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpcl.downstream.scores import OBJECTIVES
 from hpcl.errors import UserError
 from hpcl.search import space as spaces
 from hpcl.search.check import backbone_problems, space_problems
@@ -148,6 +149,11 @@ def look_at_data(space: Space) -> Looked:
             for name, value in (("metric", space.search.metric), ("objective", space.search.objective))
             if value in ("knn", "linear")
         ]
+    if space.search.objective in OBJECTIVES:
+        from hpcl.downstream.tasks import objective_problem
+
+        if problem := objective_problem(space.search.objective, space.base, images):
+            problems.append(f"{space.tree.where(('search', 'objective'))}: {problem}")
     if problems:
         raise UserError(*(f"{images.source}: {problem}" for problem in problems))
     parts = {name: len(getattr(images, name)) for name in SPLITS}

@@ -304,7 +304,7 @@ class Tables:
         """What chooses the best trial: `linear probe`, or a curve (the metric where `auto` finds no labels)."""
         if self.objective == "auto" and not self._measured:
             return self.metric
-        return "linear probe" if self.objective in ("auto", "linear") else self.objective
+        return "linear probe" if self.objective in ("auto", "linear", "linear@val") else self.objective
 
     def best(self) -> Row | None:
         """The best trial by the objective among those that finished their schedule; the earlier one of equals."""

@@ -12,6 +12,7 @@ from scipy.stats import norm, spearmanr
 from hpcl.analysis.compare import probe_images
 from hpcl.analysis.leading import evidence_of, leading
 from hpcl.analysis.text import counted
+from hpcl.downstream.scores import LABELS_USED, OBJECTIVES
 from hpcl.results import SearchResults
 from hpcl.results.search import PROBE
 from hpcl.search.evidence import Evidence, Standing
@@ -34,6 +35,8 @@ class Answer:
     """What was spent, and what early stopping saved."""
     agree: str
     """How the comparable curves rank the best trial."""
+    labels: str
+    """Which labels were used, and for what."""
 
 
 def answer(search: SearchResults) -> Answer:
@@ -42,7 +45,7 @@ def answer(search: SearchResults) -> Answer:
     if lead is None:
         finished = (search.trials["state"] == "finished").any()
         why = "none that finished has a value" if finished else "no trial finished its schedule"
-        return Answer(f"No best configuration: {why}", "", "", _cost(search), "")
+        return Answer(f"No best configuration: {why}", "", "", _cost(search), "", _labels(search))
     evidence = evidence_of(search)
     if evidence is not None and evidence.best is not None:
         first = search.best
@@ -62,9 +65,11 @@ def answer(search: SearchResults) -> Answer:
             cost=f"{_cost(search)}; retraining {counted(len(search.retrain), 'run')}, "
             f"{float(search.retrain[search.cost_column].sum()):.3g} {search.cost_unit}",
             agree=_agree(search, str(lead["trial_id"])),
+            labels=_labels(search),
         )
     headline = f"Trial {lead['trial_id']}: {search.chosen_by} {lead['objective']:.4f}"
-    return Answer(headline, _versus(search), _sure(search), _cost(search), _agree(search, str(lead["trial_id"])))
+    agree = _agree(search, str(lead["trial_id"]))
+    return Answer(headline, _versus(search), _sure(search), _cost(search), agree, _labels(search))
 
 
 def _next_is_base(evidence: Evidence) -> bool:
@@ -115,6 +120,21 @@ def _sure(search: SearchResults) -> str:
         f"One run each, scored on {images:,} validation images: the difference is {times:.1f} of its standard errors "
         f"({error:.4f}, of the images alone), {chance}.{lucky} {then}"
     )
+
+
+def _labels(search: SearchResults) -> str:
+    """What labels were used for; nothing is known of a search that was not this project's."""
+    if search.about.kind == "tune":
+        return ""
+    chosen, metric = search.chosen_by, search.about.metric
+    task = (
+        "linear" if chosen == PROBE else chosen.partition("@")[0] if chosen in OBJECTIVES or chosen == "knn" else None
+    )
+    stops = "Trials were stopped by kNN accuracy on validation images, which uses labels." if metric == "knn" else ""
+    if task is None:
+        return stops or "None: no label was used to train, to stop trials or to choose the best one."
+    used = f"The best trial was chosen on validation images, whose labels score it; {LABELS_USED[task]}."
+    return f"{used} {stops or 'Training and stopping used none.'} Test images chose nothing."
 
 
 def _cost(search: SearchResults) -> str:

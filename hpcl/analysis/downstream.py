@@ -1,0 +1,166 @@
+"""Rows of downstream.parquet as one table: each value over its seeds, beside what it is compared with. No torch.
+
+How far `trained` is from a baseline carries a 95 % interval. Its variance has two parts: between seeds (label lists,
+episodes, random starts), which n seeds average; and of the images that were scored, the same ones for every seed,
+which they do not. The two encoders are taken as independent though they are scored on the same images: an upper bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from hpcl.analysis.text import aligned, counted, one_line
+from hpcl.downstream.scores import LABELS_USED, TASK_NAMES, Encoder, Score
+from hpcl.errors import UserError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Value:
+    """One encoder's value in one line of the table."""
+
+    mean: float
+    sd: float | None
+    """Between runs; None for a single run, or where all runs must give the same."""
+    n: int
+    """Runs: seeds times checkpoints."""
+    ci95: float | None
+    """Half-width of the mean's interval over episodes; None for tasks without."""
+    variance: float
+    """Of a single run, from the images that were scored; 0 where nothing is known of it."""
+
+    @property
+    def text(self) -> str:
+        """Such as ``0.8933``, ``0.893 ± 0.012`` (sd), or ``0.612 [± 0.004]`` (interval over episodes)."""
+        if self.ci95 is not None:
+            return f"{self.mean:.4f} [± {self.ci95:.4f}]"
+        return f"{self.mean:.4f}" if self.sd is None else f"{self.mean:.4f} ± {self.sd:.4f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far `trained` is above a baseline."""
+
+    against: str
+    """`untrained`, or `supervised` where that is what no training means."""
+    value: float
+    low: float | None
+    """Ends of its 95 % interval; None where nothing is known of the spread."""
+    high: float | None
+
+    @property
+    def text(self) -> str:
+        """Such as ``+0.102 [+0.071, +0.133]``."""
+        known = "" if self.low is None or self.high is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.value:+.4f}{known}{'' if self.against == 'untrained' else f' ({self.against})'}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a task, a setting and a measure."""
+
+    task: str
+    setting: str
+    measure: str
+    values: dict[Encoder, Value]
+    gain: Difference | None
+    """Against the untrained encoder; None where one of the two is missing."""
+
+
+def lines(rows: Iterable[Row]) -> list[Line]:
+    """The lines of the table, by task as in :data:`hpcl.downstream.scores.TASK_NAMES`, then as they were measured."""
+    groups: dict[tuple[str, str, str], dict[Encoder, list[Row]]] = {}
+    for row in rows:
+        key = (row["task"], row["setting"], row["measure"])
+        groups.setdefault(key, {}).setdefault(row["encoder"], []).append(row)
+    order = {task: place for place, task in enumerate(TASK_NAMES)}
+    found = []
+    for (task, setting, measure), by_encoder in sorted(groups.items(), key=lambda group: order.get(group[0][0], 99)):
+        values = {encoder: _value(own) for encoder, own in by_encoder.items()}
+        found.append(Line(task, setting, measure, values, _gain(values)))
+    return found
+
+
+def _value(rows: Sequence[Row]) -> Value:
+    x = np.array([row["value"] for row in rows])
+    episodes = [row["ci95"] for row in rows if row["ci95"] is not None]
+    columns = ("task", "setting", "measure", "encoder", "seed", "value", "count", "ci95")
+    variance = float(np.mean([Score(**{name: row[name] for name in columns}).variance for row in rows]))
+    return Value(
+        mean=float(x.mean()),
+        sd=float(x.std(ddof=1)) if len(x) > 1 and np.ptp(x) > 0 else None,
+        n=len(x),
+        # each seed draws its own episodes, so their means are averaged like any others
+        ci95=float(np.sqrt(np.square(episodes).sum())) / len(episodes) if episodes else None,
+        variance=variance,
+    )
+
+
+def _gain(values: dict[Encoder, Value]) -> Difference | None:
+    against = next((name for name in ("untrained", "supervised") if name in values), None)
+    if "trained" not in values or against is None:
+        return None
+    a, b = values["trained"], values[against]
+    parts: list[tuple[float, float]] = [(v.sd**2 / v.n, v.n - 1) for v in (a, b) if v.sd is not None]
+    parts += [(v.variance, math.inf) for v in (a, b) if v.variance]
+    total = sum(variance for variance, _ in parts)
+    if not total:
+        return Difference(against, a.mean - b.mean, None, None)
+    rate = sum(variance**2 / df for variance, df in parts)
+    degrees = total**2 / rate if rate else 1e9  # Welch and Satterthwaite's
+    half = float(stats.t.ppf(0.975, degrees)) * math.sqrt(total)
+    return Difference(against, a.mean - b.mean, a.mean - b.mean - half, a.mean - b.mean + half)
+
+
+COLUMNS: tuple[Encoder, ...] = ("trained", "untrained", "pixels", "supervised", "sgan")
+
+
+def table(found: Sequence[Line]) -> str:
+    """The lines as text, a column per encoder that was measured, and what the figures mean below."""
+    shown = [name for name in COLUMNS if any(name in line.values for line in found)]
+    gains = any(line.gain for line in found)
+    head = ["task", "", "measure", *shown, *(["trained - untrained [95 %]"] if gains else [])]
+    cells = [
+        [
+            line.task,
+            line.setting,
+            line.measure,
+            *(line.values[name].text if name in line.values else "" for name in shown),
+            *([line.gain.text if line.gain else ""] if gains else []),
+        ]
+        for line in found
+    ]
+    most = max((value.n for line in found for value in line.values.values()), default=0)
+    notes = [
+        f"± sd over up to {most} runs (seeds, checkpoints); no ± where all runs give the same value or there is one"
+    ]
+    if any(value.ci95 is not None for line in found for value in line.values.values()):
+        notes.append("[±] 95 % interval over episodes")
+    if gains:
+        notes.append("differences: interval from seeds and scored images, the encoders taken as independent")
+    return "\n".join([*aligned([head, *cells]), "", *notes])
+
+
+def main(checkpoints: Sequence[Path], names: Sequence[str], out: Path, **options: Any) -> None:
+    """Measure, add the rows to `out`, and print one table; options as of :func:`hpcl.evaluate.evaluate`."""
+    from hpcl.evaluate import evaluate
+
+    rows, left_out = evaluate(checkpoints, names, out, say=lambda text: print(one_line(text), flush=True), **options)
+    if rows:
+        print(f"\n{table(lines(rows))}")
+    labels = [f"{name:<9} {LABELS_USED[name]}" for name in names if name not in left_out]
+    if labels:
+        print("\n".join(["", "labels that were used, besides those of the images that were scored:", *labels]))
+    if left_out:
+        print("\n".join(["", "not measured:", *(one_line(f"{name:<9} {reason}") for name, reason in left_out.items())]))
+    if not rows:
+        raise UserError(f"none of the tasks could be measured ({', '.join(names)})")
+    print(one_line(f"\n{counted(len(rows), 'row')} added to {out}"))
