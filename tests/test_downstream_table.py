@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recorded import write_search
 from scipy import stats
 
-from hpcl.analysis.downstream import lines, table
+from hpcl.analysis.downstream import lines, newest, table
+from hpcl.analysis.report.sections import _downstream
 from hpcl.downstream.scores import Score
 from hpcl.errors import UserError
 from hpcl.evaluate import append, rows_before
@@ -99,3 +101,18 @@ def test_another_file_in_its_place_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no table that `hpcl evaluate` wrote .* name another with --out"):
         append(out, [row("trained", 0.5) | FULL])
     assert out.read_text() == "mine"
+
+
+def test_what_was_measured_again_counts_once() -> None:
+    rows = [row("trained", v, s) | FULL for v in (0.5, 0.6) for s in (0, 1)]
+    assert [(r["seed"], r["value"]) for r in newest(rows)] == [(0, 0.6), (1, 0.6)]
+    assert len(newest([*rows, row("trained", 0.5) | FULL | {"checkpoint_hash": "1"}])) == 3
+
+
+def test_the_report_shows_what_the_best_trial_is_good_for(tmp_path: Path) -> None:
+    search = write_search(tmp_path / "search", {"acc_proto_ref": np.array([[0.1, 0.2], [0.2, 0.4]])}, [0.5, 0.7])
+    assert _downstream(search) is None
+    for value in (0.1, 0.875):
+        append(tmp_path / "search" / "trials" / "0001" / "downstream.parquet", [row("trained", value) | FULL])
+    section = _downstream(search)
+    assert section is not None and section.table is not None and "0.8750" in section.table.rows[0]

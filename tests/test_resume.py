@@ -110,7 +110,7 @@ class Story:
         self.third_code = third.returncode
         self.look()
 
-        last = start([*self.command, "--name", "scripted"])
+        last = start([*self.command, "--name", "scripted"], pause=0.0)
         self.last = last.communicate(timeout=400)[0]
         self.last_code = last.returncode
 

@@ -121,13 +121,24 @@ def _gain(values: dict[Encoder, Value]) -> Difference | None:
 
 
 COLUMNS: tuple[Encoder, ...] = ("trained", "untrained", "pixels", "supervised", "sgan")
+NOTES = (
+    "± is the standard deviation over seeds and checkpoints, absent where all runs give the same or there is one;",
+    "[±] a 95 % interval over episodes;",
+    "the difference's 95 % interval is of seeds and scored images, the encoders taken as independent.",
+)
 
 
-def table(found: Sequence[Line]) -> str:
-    """The lines as text, a column per encoder that was measured, and what the figures mean below."""
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The rows without those that were measured again later, of the same checkpoint and images."""
+    what = ("task", "setting", "measure", "encoder", "seed", "split", "checkpoint_hash", "source", "data_hash")
+    return list({tuple(row[name] for name in what): row for row in rows}.values())
+
+
+def grid(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table, a column per encoder that was measured."""
     shown = [name for name in COLUMNS if any(name in line.values for line in found)]
     gains = any(line.gain for line in found)
-    head = ["task", "", "measure", *shown, *(["trained - untrained [95 %]"] if gains else [])]
+    head = ["task", "setting", "measure", *shown, *(["trained - untrained [95 %]"] if gains else [])]
     cells = [
         [
             line.task,
@@ -138,15 +149,13 @@ def table(found: Sequence[Line]) -> str:
         ]
         for line in found
     ]
-    most = max((value.n for line in found for value in line.values.values()), default=0)
-    notes = [
-        f"± sd over up to {most} runs (seeds, checkpoints); no ± where all runs give the same value or there is one"
-    ]
-    if any(value.ci95 is not None for line in found for value in line.values.values()):
-        notes.append("[±] 95 % interval over episodes")
-    if gains:
-        notes.append("differences: interval from seeds and scored images, the encoders taken as independent")
-    return "\n".join([*aligned([head, *cells]), "", *notes])
+    return head, cells
+
+
+def table(found: Sequence[Line]) -> str:
+    """The lines as text, and what the figures mean below."""
+    head, cells = grid(found)
+    return "\n".join([*aligned([head, *cells]), "", *NOTES])
 
 
 def main(checkpoints: Sequence[Path], names: Sequence[str], out: Path, **options: Any) -> None:

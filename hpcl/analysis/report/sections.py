@@ -14,11 +14,12 @@ from hpcl.analysis.charts import audit as audit_charts
 from hpcl.analysis.charts import curves as curve_charts
 from hpcl.analysis.charts import fields as field_charts
 from hpcl.analysis.charts.look import listed
+from hpcl.analysis.downstream import NOTES, grid, lines, newest
 from hpcl.analysis.leading import evidence_of, leading
 from hpcl.analysis.report.parts import Grid, Section, draw
 from hpcl.config import STAGES
 from hpcl.errors import UserError, harmless
-from hpcl.results import Field, SearchResults
+from hpcl.results import Field, SearchResults, downstream_schema, read_rows
 from hpcl.results.fields import shown
 from hpcl.search.importance import LEAST, METHODS, Importance, importance
 
@@ -46,6 +47,7 @@ def of_search(search: SearchResults, *, galleries: bool = True) -> tuple[Told, l
     made = [
         _values(search),
         _seeds(search),
+        _downstream(search),
         _progress(search),
         _curves(search),
         _clusters(search),
@@ -138,6 +140,24 @@ def _seeds(search: SearchResults) -> Section | None:
         [f"{evidence.lead()[:1].upper()}{evidence.lead()[1:]}.", f"Agreement {evidence.agreement_text()}."],
         table=Grid(("trial", evidence.chosen_by, "in the search", "each seed", "lost"), rows),
     )
+
+
+def _downstream(search: SearchResults) -> Section | None:
+    """What `hpcl evaluate` measured of the best trial, if it did."""
+    best = leading(search)
+    if best is None:
+        return None
+    of_trial = search.folder / "trials" / str(best["trial_id"]) / "downstream.parquet"
+    try:
+        rows = read_rows(of_trial, downstream_schema())
+    except (OSError, ValueError):
+        return None
+    if not rows:
+        return None
+    split = rows[-1]["split"]
+    head, cells = grid(lines(newest([row for row in rows if row["split"] == split])))
+    text = f"Downstream tasks on trial {best['trial_id']}'s checkpoint, scored on {split} images ({' '.join(NOTES)})"
+    return Section("downstream", "What is it good for?", [text], table=Grid(head, cells))
 
 
 def _progress(search: SearchResults) -> Section:
