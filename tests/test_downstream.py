@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcl.downstream import knn, linear
+from hpcl.downstream import knn, linear, ridge
 from hpcl.downstream.knn import knn_accuracy, knn_predict
-from hpcl.downstream.linear import choose_penalty, fit_ridge, linear_probe_accuracy
+from hpcl.downstream.linear import choose_penalty, linear_probe_accuracy
+from hpcl.downstream.ridge import fit_ridge
 from hpcl.rng import generator
 
 
@@ -83,7 +84,7 @@ def test_knn_small_temperature_does_not_overflow_and_undefined_is_none() -> None
 @pytest.mark.parametrize("penalty", [0.01, 1.0, 300.0])
 def test_ridge_equals_scikit_learn(classes: int, penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
-    monkeypatch.setattr(linear, "ROWS_AT_ONCE", 64)  # several chunks
+    monkeypatch.setattr(ridge, "ROWS_AT_ONCE", 64)  # several chunks
     train, labels = blobs(300, 12, classes, seed=4, spread=3.0)
     val, _ = blobs(200, 12, classes, seed=5, spread=3.0)
     fitted = fit_ridge(train, labels, classes, penalty)

@@ -1,13 +1,28 @@
-"""Weighted k-nearest-neighbour accuracy of frozen features.
+"""Task `knn`: weighted k-nearest-neighbour accuracy of frozen features.
+
+Nothing is fitted and nothing is drawn: backbone features are scaled to length 1, all training images vote, and each
+image of the scored split gets the class with most votes, which its k nearest training images by cosine give with weight
+``exp(cosine / T)`` (Wu, Xiong, Yu & Lin, CVPR 2018). k = 200 and T = 0.1 are MoCo's CIFAR demonstration's; k = 20 and
+T = 0.07 are the other usual pair (DINO's, Caron et al., ICCV 2021). With fewer training images than k all of them vote.
 
 Legend: N bank images; n queries; F backbone features.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hpcl.downstream import refusals
+from hpcl.downstream.bench import Bench
+from hpcl.downstream.scores import Encoder, Score
+
+VOTES = ((200, 0.1), (20, 0.07))
+"""(k, T) of each setting; the first is the primary one."""
 
 SIMILARITIES_AT_ONCE = 1 << 24
 """Entries of the query-by-bank block held at a time (64 MiB in float32)."""
@@ -69,3 +84,34 @@ def knn_accuracy(
         return None
     predicted = knn_predict(bank, bank_labels, queries, k, temperature, num_classes)
     return float((predicted == query_labels).double().mean())
+
+
+def refusal(bench: Bench) -> str | None:
+    """Why kNN cannot be measured on these images, and what to do; None where it can."""
+    return refusals.without_known_classes(bench, "kNN")
+
+
+def run(bench: Bench, encoders: Sequence[Encoder], seed: int) -> list[Score]:
+    """kNN accuracy on the scored split of each encoder, k = 200 first.
+
+    The seed only decides which `untrained` and `supervised` networks are measured. A value is NaN where features are
+    not finite.
+    """
+    scores = []
+    labels, truth = bench.labels("train"), bench.labels(bench.split)
+    for encoder in encoders:
+        bank, queries = (bench.features(encoder, part, seed) for part in ("train", bench.split))
+        for k, temperature in VOTES:
+            value = knn_accuracy(bank, labels, queries, truth, k, temperature, bench.num_classes)
+            scores.append(
+                Score(
+                    task="knn",
+                    setting=f"k = {k}, T = {temperature}",
+                    measure="accuracy",
+                    encoder=encoder,
+                    seed=seed,
+                    value=math.nan if value is None else value,
+                    count=len(truth),
+                )
+            )
+    return scores

@@ -1,143 +1,209 @@
-"""Linear probe of frozen features: ridge regression in closed form.
+"""Task `linear`: linear probes of frozen features.
 
-It has no step size, no epochs and no random start, so two probes of the same
-features agree exactly; that is what a search needs to choose its best trial by.
+The backbone stays in eval mode, features of centre views are computed once, and two linear classifiers are fitted to
+all training labels: ridge regression in closed form, and multinomial logistic regression by L-BFGS with an L2 penalty,
+as Kornblith, Shlens & Le (CVPR 2019) do. Neither has a step size, epochs or a random start, so two probes of the same
+features agree. Features are standardised by the training images. The penalty is chosen on the val split where test
+images are scored, and on a seeded fifth of the training images where val images are (or where there are none); either
+way the classifier that is scored was then fitted to all training images and to no others. Ridge on the val split is
+the value that the objective `linear` of a search maximises.
+
 Legend: N training rows; n rows to classify; F features; Y classes.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from hpcl.rng import generator
+from hpcl.downstream import refusals
+from hpcl.downstream.bench import Bench, Part
+from hpcl.downstream.logistic import logistic_by_penalty
+from hpcl.downstream.ridge import fit_ridge, ridge_by_penalty
+from hpcl.downstream.scores import Encoder, Score
+from hpcl.rng import generator, seed_of
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-5, 2))
-"""Penalties tried, as multiples of the number of rows (features have variance 1)."""
+"""Penalties tried, as multiples of the number of rows (features have variance 1); of both classifiers."""
 
 INNER_FRACTION = 0.2
 """Part of the training rows on which the penalty is chosen."""
 
-ROWS_AT_ONCE = 8192
-"""Rows held in float64 at a time."""
+LARGEST_SYSTEM = 6000
+"""Pixels are averaged two by two until min(N, F) is at most this, since the time grows with its cube."""
 
 
-class Moments(NamedTuple):
-    """What ridge regression needs to know of its training rows; float64."""
+class Rows(NamedTuple):
+    """Features with labels."""
 
-    mean: Tensor
-    """(F,)"""
-    scale: Tensor
-    """(F,) standard deviation; 1 for a constant feature."""
-    gram: Tensor
-    """(F, F) sum of x x^T over standardised rows."""
-    cross: Tensor
-    """(F, Y) sum of x y^T, with y centred."""
-    offset: Tensor
-    """(Y,) mean of y, the scores of an average row."""
+    features: Tensor
+    """(n, F), any floating dtype."""
+    labels: Tensor
+    """(n,) long in 0..Y-1."""
 
 
-def moments(features: Tensor, labels: Tensor, num_classes: int) -> Moments:
-    """Moments of (N, F) features and of their (N,) labels coded +1 for the own class, -1 for others."""
-    x_mean = features.mean(dim=0, dtype=torch.float64)
-    count = torch.bincount(labels, minlength=num_classes).double()
-    offset = 2.0 * count / len(labels) - 1.0
-    f = features.shape[1]
-    gram = features.new_zeros((f, f), dtype=torch.float64)
-    cross = features.new_zeros((f, num_classes), dtype=torch.float64)
-    for rows, own in zip(torch.split(features, ROWS_AT_ONCE), torch.split(labels, ROWS_AT_ONCE), strict=True):
-        x = rows.double() - x_mean
-        y = torch.nn.functional.one_hot(own, num_classes).double() * 2.0 - 1.0 - offset
-        gram += x.T @ x
-        cross += x.T @ y
-    variance = gram.diagonal() / len(features)
-    # a constant feature's variance is rounding only; divided by it, noise would count as much as signal
-    constant = variance <= 1e-12 * (x_mean.square() + variance)
-    scale = torch.where(constant, torch.ones_like(variance), variance.sqrt())
-    return Moments(x_mean, scale, gram / scale[:, None] / scale, cross / scale[:, None], offset)
+def inner_split(train: Rows, seed: int) -> tuple[Rows, Rows]:
+    """All but a seeded fifth of the rows, and that fifth, in a random order; the fifth of fewer than 5 is empty."""
+    held = int(len(train.labels) * INNER_FRACTION)
+    order = torch.randperm(len(train.labels), generator=generator(seed, "probe-split")).to(train.features.device)
+    inner, rest = (Rows(train.features[ids], train.labels[ids]) for ids in (order[:held], order[held:]))
+    return rest, inner
 
 
-class Ridge(NamedTuple):
-    """A fitted linear classifier."""
-
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor
-    """(F, Y) on standardised features."""
-    offset: Tensor
-    """(Y,)"""
-
-    def scores(self, features: Tensor) -> Tensor:
-        """(n, F) -> (n, Y) float64; the largest is the predicted class."""
-        parts = [
-            ((rows.double() - self.mean) / self.scale) @ self.weight for rows in torch.split(features, ROWS_AT_ONCE)
-        ]
-        return torch.cat(parts) + self.offset
+_MIDDLE = PENALTIES[len(PENALTIES) // 2]
 
 
-def fit_ridge(features: Tensor, labels: Tensor, num_classes: int, penalty: float) -> Ridge:
-    """The classifier that minimises ``sum (x W + o - y)^2 + penalty * |W|^2``, intercept o free.
+def choose_penalty(
+    features: Tensor, labels: Tensor, num_classes: int, seed: int, choosing: Rows | None = None
+) -> float:
+    """Ridge regression's penalty per row, out of PENALTIES, that classifies other rows best.
 
-    Features are standardised first, y is +1 for the own class and -1 for others; this is
-    scikit-learn's RidgeClassifier(alpha=penalty) on standardised features.
+    The larger penalty wins a tie; with fewer than 5 rows it is the middle one.
 
     Args:
-        features: (N, F), any floating dtype.
+        features: (N, F) training rows.
         labels: (N,) long in 0..num_classes-1.
         num_classes: Y.
-        penalty: alpha > 0, not scaled by N.
+        seed: of the fifth of the rows that is held out to choose by.
+        choosing: rows to choose by instead; none is held out then.
     """
-    m = moments(features, labels, num_classes)
-    ridge = m.gram + penalty * torch.eye(len(m.gram), dtype=torch.float64, device=m.gram.device)
-    return Ridge(m.mean, m.scale, torch.cholesky_solve(m.cross, torch.linalg.cholesky(ridge)), m.offset)
-
-
-def choose_penalty(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> float:
-    """The penalty per row, out of PENALTIES, that classifies a seeded fifth of the rows best.
-
-    One eigendecomposition of the other rows' moments serves all penalties. The larger
-    penalty wins a tie; with fewer than 5 rows it is the middle one.
-    """
-    held = int(len(features) * INNER_FRACTION)
-    if not held:
-        return PENALTIES[len(PENALTIES) // 2]
-    order = torch.randperm(len(features), generator=generator(seed, "probe-split")).to(features.device)
-    inner, rest = order[:held], order[held:]
-    m = moments(features[rest], labels[rest], num_classes)
-    values, vectors = torch.linalg.eigh(m.gram)
-    values = values.clamp_min(0.0)
-    turned = ((features[inner].double() - m.mean) / m.scale) @ vectors
-    cross = vectors.T @ m.cross
+    train = Rows(features, labels)
+    fitted, judge = inner_split(train, seed) if choosing is None else (train, choosing)
+    if not len(judge.labels):
+        return _MIDDLE
     best, chosen = -1.0, PENALTIES[-1]
-    for penalty in reversed(PENALTIES):
-        scores = turned @ (cross / (values + penalty * len(rest))[:, None]) + m.offset
-        accuracy = float((scores.argmax(dim=1) == labels[inner]).double().mean())
+    for penalty, scores in ridge_by_penalty(*fitted, judge.features, num_classes, PENALTIES[::-1]):
+        accuracy = _accuracy(scores, judge.labels)
         if accuracy > best:
             best, chosen = accuracy, penalty
     return chosen
 
 
+def _accuracy(scores: Tensor, labels: Tensor) -> float:
+    return float((scores.argmax(dim=1) == labels).double().mean())
+
+
 @torch.no_grad()
 def linear_probe_accuracy(
-    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, num_classes: int, seed: int
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    num_classes: int,
+    seed: int,
+    choosing: Rows | None = None,
 ) -> float | None:
     """Fraction of the validation rows that a linear probe of the training rows classifies rightly, 0..1.
 
-    The penalty is chosen on an inner part of the training rows; validation labels only score.
+    The penalty is chosen on an inner part of the training rows, or on `choosing`; validation labels only score.
 
     Args:
         train, val: (N, F) and (n, F) backbone features (eval mode), any floating dtype.
         train_labels, val_labels: (N,) and (n,) long in 0..num_classes-1.
         num_classes: Y.
         seed: of the inner split.
+        choosing: rows to choose the penalty by.
 
     Returns:
         None where it is undefined: no rows, or features that are not finite.
     """
-    if not len(train) or not len(val) or not bool(train.isfinite().all() & val.isfinite().all()):
+    if not _is_defined(train, val, choosing):
         return None
-    penalty = choose_penalty(train, train_labels, num_classes, seed) * len(train)
-    scores = fit_ridge(train, train_labels, num_classes, penalty).scores(val)
-    return float((scores.argmax(dim=1) == val_labels).double().mean())
+    penalty = choose_penalty(train, train_labels, num_classes, seed, choosing) * len(train)
+    return _accuracy(fit_ridge(train, train_labels, num_classes, penalty).scores(val), val_labels)
+
+
+@torch.no_grad()
+def logistic_probe_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    num_classes: int,
+    seed: int,
+    choosing: Rows | None = None,
+) -> float | None:
+    """As :func:`linear_probe_accuracy`, by multinomial logistic regression."""
+    if not _is_defined(train, val, choosing):
+        return None
+    penalties = PENALTIES[::-1]  # a small penalty's minimum is found faster from a larger one's
+    if choosing is not None and len(choosing.labels):
+        best, value = -1.0, 0.0
+        both = torch.cat([choosing.features, val])
+        for _, scores in logistic_by_penalty(train, train_labels, both, num_classes, penalties):
+            accuracy = _accuracy(scores[: len(choosing.labels)], choosing.labels)
+            if accuracy > best:
+                best, value = accuracy, _accuracy(scores[len(choosing.labels) :], val_labels)
+        return value
+    rest, inner = inner_split(Rows(train, train_labels), seed)
+    best, chosen = -1.0, _MIDDLE
+    if len(inner.labels):
+        for penalty, scores in logistic_by_penalty(*rest, inner.features, num_classes, penalties):
+            accuracy = _accuracy(scores, inner.labels)
+            if accuracy > best:
+                best, chosen = accuracy, penalty
+    until = penalties[: penalties.index(chosen) + 1]
+    *_, (_, scores) = logistic_by_penalty(train, train_labels, val, num_classes, until)
+    return _accuracy(scores, val_labels)
+
+
+def _is_defined(train: Tensor, val: Tensor, choosing: Rows | None) -> bool:
+    parts = [train, val] if choosing is None else [train, val, choosing.features]
+    return bool(len(train)) and bool(len(val)) and all(bool(part.isfinite().all()) for part in parts)
+
+
+def refusal(bench: Bench) -> str | None:
+    """Why linear probes cannot be measured on these images, and what to do; None where they can."""
+    return refusals.without_known_classes(bench, "the linear probe")
+
+
+def run(bench: Bench, encoders: Sequence[Encoder], seed: int) -> list[Score]:
+    """Accuracy of both probes on the scored split of each encoder, ridge first.
+
+    The seed only decides which `untrained` and `supervised` networks are measured: the inner fifth is that of
+    ``data.split_seed``, as in training. A value is NaN where features are not finite. Pixels are averaged two by two
+    where there are more than 6,000 of them and of training images too.
+    """
+    truth, inner_seed = bench.labels(bench.split), seed_of(bench.config.data.split_seed, "probe")
+    scores = []
+    for encoder in encoders:
+        train, scored = (_rows(bench, encoder, part, seed) for part in ("train", bench.split))
+        choosing = _rows(bench, encoder, "val", seed) if _val_can_choose(bench) else None
+        probes = (("ridge", linear_probe_accuracy), ("logistic regression", logistic_probe_accuracy))
+        for setting, probe in probes:
+            value = probe(*train, *scored, bench.num_classes, inner_seed, choosing)
+            scores.append(
+                Score(
+                    task="linear",
+                    setting=setting,
+                    measure="accuracy",
+                    encoder=encoder,
+                    seed=seed,
+                    value=math.nan if value is None else value,
+                    count=len(truth),
+                )
+            )
+    return scores
+
+
+def _val_can_choose(bench: Bench) -> bool:
+    """Whether test images are scored, so that val images may choose, and those have classes of training images."""
+    labels = bench.images.labels
+    assert labels is not None
+    return bench.split == "test" and bool(np.isin(labels[bench.ids("val")], labels[bench.ids("train")]).any())
+
+
+def _rows(bench: Bench, encoder: Encoder, part: Part, seed: int) -> Rows:
+    features = bench.features(encoder, part, seed)
+    if encoder == "pixels":
+        images = features.view(len(features), *bench.images.images.shape[1:])
+        while min(len(bench.ids("train")), images[0].numel()) > LARGEST_SYSTEM:
+            images = functional.avg_pool2d(images, 2, ceil_mode=True)
+        features = images.flatten(1)
+    return Rows(features, bench.labels(part))
