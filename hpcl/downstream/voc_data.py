@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,14 @@ class VocData:
             return (pixels if pixels.ndim == 2 else np.asarray(Image.fromarray(pixels).convert("L")))[None]
         return np.stack([pixels] * 3) if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
+    def missing(self, split: Literal["val", "test"]) -> str | None:
+        """A sentence about the lists that a task needs and that are empty or not there; None if it has them."""
+        train, scored = used_parts(split)
+        lists = " and ".join(f"{part}.txt" for part in (train, scored) if not len(self.parts.get(part, ())))
+        if not lists:
+            return None
+        return f"{self.root}: has no image in ImageSets/Main/{lists}, but {train} is trained on and {scored} scored"
+
     def describe(self) -> str:
         """One line: folder, images, classes, objects, parts, what was left out."""
         objects = sum(len(image.labels) for image in self.images)
@@ -103,6 +112,11 @@ class VocData:
             f"({difficult:,} difficult); {parts}"
         )
         return "; ".join([line, *self.notes])
+
+
+def used_parts(split: Literal["val", "test"]) -> tuple[str, str]:
+    """The parts that are trained on and scored: `train` and `val` where nothing may look at test images."""
+    return ("train", "val") if split == "val" else ("trainval", "test")
 
 
 def read_voc(path: str | Path) -> VocData:
