@@ -1,5 +1,5 @@
-"""The command line: ``hpcl train | knn | evaluate | prototypes | export``, ``search | status | retrain | doctor`` and
-``report | compare | best | suggest``.
+"""The command line: ``hpcl train | knn | evaluate | prototypes | export``, ``search | status | retrain | doctor``,
+``report | compare | best | suggest`` and ``data convert | check``.
 
 Torch is imported inside the commands that need it, so that ``--help`` answers at once.
 A mistake of the user is printed without a traceback and ends with exit code 2.
@@ -14,9 +14,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from hpcl.cli_data import data_app
 from hpcl.errors import UserError, harmless
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(data_app, name="data")
 
 
 @app.callback()

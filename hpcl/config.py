@@ -63,7 +63,12 @@ class Data(Section):
     test_fraction: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
     """Fraction held out as test set where the source has no test split."""
     split_seed: int = 0
-    """Seed of the held-out parts and of `subset`; the same for all trials."""
+    """Seed of the held-out parts, of `subset` and of `novel_classes`; the same for all trials."""
+    novel_classes: Annotated[int, Field(ge=0)] = 0
+    """Classes, drawn by `split_seed`, whose images are kept out of training, validation and
+    test altogether: few-shot episodes are made of them. A source whose own val or test split
+    shares no class with its train split (mini-imagenet) has such classes already; they are
+    kept, and its val and test are drawn from train."""
 
 
 class Augment(Section):

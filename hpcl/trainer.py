@@ -170,6 +170,7 @@ class Trainer:
         try:
             if log:
                 log.say(self.data.describe())
+                log.say(self._images.describe())
                 write_text(self.folder / "config.yaml", dump(self.config))
             if log and start:
                 for line in start.told(self.world.size):
@@ -194,6 +195,7 @@ class Trainer:
                 with writing(self.folder):
                     previous_of(checkpoint).unlink(missing_ok=True)
         finally:
+            self._images.close()
             if log:
                 log.close()
 
@@ -303,12 +305,17 @@ class Trainer:
         done = (epoch - plan.first_epoch) * self.steps_per_epoch
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
         rate = plan.lr
+
+        def drawn(step: int) -> tuple[Tensor, int]:
+            return order[step * batch : (step + 1) * batch], seed_of(seed, "step", plan.stage, epoch, step)
+
         for step in range(self.steps_per_epoch):
             rate = learning_rate(plan, done + step, steps_in_stage)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            positions = order[step * batch : (step + 1) * batch]
-            step_seed = seed_of(seed, "step", plan.stage, epoch, step)
+            if step + 1 < self.steps_per_epoch:
+                self.step.prefetch(*drawn(step + 1))
+            positions, step_seed = drawn(step)
             sums += self.step.take(self._net, self._optimizer, positions, plan, levels, step_seed)
         self._key_spaces = None
         self.world.average_buffers(self.pair)

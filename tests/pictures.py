@@ -49,9 +49,9 @@ def table(path: Path, columns: dict[str, Any], metadata: dict[str, str] | None =
     return path
 
 
-def problem_of(data: Data) -> str:
+def problem_of(data: Data, cache: Path | None = None) -> str:
     """The text of the one problem that loading raises."""
     with pytest.raises(DataError) as caught:
-        load(data)
+        load(data, cache)
     assert isinstance(caught.value, UserError) and len(caught.value.problems) == 1
     return str(caught.value)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import class_folders, problem_of, random_pixels, save
 
-from hpcl import sources
 from hpcl.config import Data
-from hpcl.data import DeviceImages, ImageSet, _draw, _parts, cache_folder, load
+from hpcl.data import DeviceImages, ImageSet, blocks, cache_folder, load
+from hpcl.data.parts import draw, parts_of
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +46,14 @@ def test_parts_are_disjoint_stratified_and_keep_every_class(
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
     split = np.zeros(len(labels), dtype=np.int8)
     whole = Data(val_fraction=val, test_fraction=test, split_seed=seed)
-    train, held, tested = _parts(labels, split, whole)
+    parts = parts_of(labels, split, whole)
+    train, held, tested = parts.train, parts.val, parts.test
     assert np.array_equal(np.sort(np.concatenate([train, held, tested])), np.arange(len(labels)))
     assert (_of_class(train, labels) >= 1).all()
     assert (np.abs(_of_class(tested, labels) - test * np.array(sizes)) < 1.000001).all()
     assert all((np.diff(ids) > 0).all() for ids in (train, held, tested))
-    fewer, held_again, tested_again = _parts(labels, split, whole.model_copy(update={"subset": subset}))
+    again = parts_of(labels, split, whole.model_copy(update={"subset": subset}))
+    fewer, held_again, tested_again = again.train, again.val, again.test
     assert np.array_equal(held, held_again) and np.array_equal(tested, tested_again)
     assert set(fewer) <= set(train) and (_of_class(fewer, labels) >= 1).all()
     assert (np.abs(_of_class(fewer, labels) - subset * _of_class(train, labels)) < 1.000001).all()
@@ -59,7 +61,7 @@ def test_parts_are_disjoint_stratified_and_keep_every_class(
 
 def test_a_fraction_is_met_in_total_although_classes_are_small() -> None:
     labels = np.repeat(np.arange(20), 4)  # 0.1 of 4 rounds to 0 in each class
-    drawn = _draw(np.arange(80), labels, 0.1, 0, "val", least=0)
+    drawn = draw(np.arange(80), labels, 0.1, 0, "val", least=0)
     assert len(drawn) == 8 and len(np.unique(labels[drawn])) == 8
 
 
@@ -95,10 +97,10 @@ def test_second_load_decodes_nothing_and_maps_the_file(tmp_path: Path, monkeypat
     root = str(class_folders(tmp_path / "set", each=20, height=64, width=64))
     first = load(Data(source=root))
 
-    def read(*_: object) -> None:
+    def decode(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(sources, "read", read)
+    monkeypatch.setattr(blocks, "decode", decode)
     before = pa.total_allocated_bytes()
     second = load(Data(source=root))
     assert pa.total_allocated_bytes() - before < second.images.nbytes / 10  # zero copy

@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -22,11 +23,9 @@ import pytest
 from hostile import Evil, sentinel
 from pictures import class_folders, png, problem_of, random_pixels, table
 
-import hpcl
-from hpcl import decode
+import hpcl.results
 from hpcl.config import Data
 from hpcl.data import load
-from hpcl.errors import UserError
 
 __all__ = ["sentinel"]
 
@@ -57,33 +56,36 @@ def test_images_that_would_fill_the_memory_are_skipped_with_a_reason(tmp_path: P
     assert where == "set.parquet row 9" and "exceeds limit" in reason
 
 
-def test_more_pixels_than_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MOST_PART", 1e-9)
-    with pytest.raises(UserError, match=r"images take .* this machine has .* set data.size to a smaller side"):
-        load(Data(source=str(class_folders(tmp_path / "set"))), tmp_path / "cache")
+def test_more_pixels_than_the_disk_holds_are_refused_before_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = class_folders(tmp_path / "set")  # 30 images of 432 bytes, which lie there twice in the end
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=25_000))
+    said = problem_of(Data(source=str(root)), tmp_path / "cache")
+    assert "cache: 2.59e-05 GB more are needed there, but 2.5e-05 GB are free; free space, or set HPCL_CACHE" in said
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=26_000))
+    assert len(load(Data(source=str(root)), tmp_path / "cache").images) == 30
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the bound is Linux's RLIMIT_DATA")
 def test_the_memory_is_bounded_while_images_are_decoded(tmp_path: Path) -> None:
-    """96 images of 9 MB each that take 1 kB as files, where 100 MB are allowed."""
-    for number in range(96):
-        (tmp_path / "set").mkdir(exist_ok=True)
-        (tmp_path / "set" / f"{number}.png").write_bytes(huge_png(3000))
+    """160 images of 1 MB each that take 1 kB as files, where 110 MB are allowed: they go to the disk on the way."""
+    (tmp_path / "set").mkdir()
+    for number in range(160):
+        (tmp_path / "set" / f"{number}.png").write_bytes(huge_png(1000))
     code = (
-        "import os, resource, sys; from hpcl import decode, sources; from hpcl.errors import UserError\n"
-        "decode.MOST_PART = 1e8 / (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))\n"
-        "os.cpu_count = lambda: 2\n"
-        "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = most()\n"
-        "try: sources.read(sources.find(sys.argv[1]), None)\n"
-        "except UserError as error: print(error)\n"
-        "print(most() - before)"
+        "import os, re, resource, sys; from hpcl.config import Data; from hpcl.data import load, blocks\n"
+        "blocks.cores = lambda: 2\n"
+        "now = int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (now + 110_000_000, -1))\n"
+        "found = load(Data(source=sys.argv[1]), sys.argv[2])\n"
+        "try: bytearray(found.images.nbytes)\n"
+        "except MemoryError: print(found.images.shape)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "set")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path / "set"), str(tmp_path / "cache")], capture_output=True, text=True
     )
-    said, most = done.stdout.splitlines()
-    assert "the first 1" in said and "images take 0.1 GB when they are decoded" in said  # 12, or 13 with two threads
-    assert int(most) < 250_000, done.stdout  # kB
+    assert done.stdout == "(160, 1, 1000, 1000)\n", done.stderr[-2000:]
 
 
 def test_a_dictionary_that_multiplies_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
@@ -95,15 +97,18 @@ def test_a_dictionary_that_multiplies_is_read_a_few_rows_at_a_time(tmp_path: Pat
     )
     assert path.stat().st_size < 10_000
     code = (
-        "import resource, sys; from hpcl import decode, sources; from hpcl.errors import UserError\n"
-        "sources._BYTES = decode._BYTES = 50_000_000\n"
+        "import resource, sys; from hpcl import sources; from hpcl.config import Data\n"
+        "from hpcl.data import blocks, load; from hpcl.errors import UserError\n"
+        "sources._BYTES = blocks._ENCODED = 50_000_000\n"
         "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = most()\n"
-        "try: sources.read(sources.find(sys.argv[1]), None)\n"
+        "try: load(Data(source=sys.argv[1]), sys.argv[2])\n"
         "except UserError as error: print(error)\n"
         "print(most() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "cache")], capture_output=True, text=True, check=True
+    )
     said, most = done.stdout.splitlines()
     assert "has no usable image (200 skipped; the first: set.parquet row 0" in said and int(most) < 500_000  # kB
 

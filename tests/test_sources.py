@@ -75,6 +75,7 @@ def test_unlabelled_subset(tmp_path: Path) -> None:
 
 def test_novel_classes_in_a_split_are_mentioned(tmp_path: Path) -> None:
     class_folders(tmp_path / "set" / "train", classes=3, each=4)
+    class_folders(tmp_path / "set" / "val", classes=1, each=2)
     save(tmp_path / "set" / "val" / "strange" / "a.png", random_pixels(0))
     assert load(Data(source=str(tmp_path / "set"))).describe().endswith("1 classes of val have no training image")
 
