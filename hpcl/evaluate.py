@@ -24,8 +24,7 @@ from hpcl.dist import current_world
 from hpcl.downstream import tasks
 from hpcl.downstream.bench import Bench, Split
 from hpcl.downstream.scores import BASELINES, VOC_TASKS, Encoder
-
-# VOC
+from hpcl.downstream.voc_data import VocData, read_voc
 from hpcl.errors import UserError
 from hpcl.pretrained import network_of
 from hpcl.results import downstream_schema, read_rows, write_table
@@ -70,6 +69,9 @@ def evaluate(
     rows_before(out)  # unreadable? then before anything is measured
     benches = _benches(checkpoints, data, split)
     given = read_voc(voc) if voc is not None and set(names) & set(VOC_TASKS) else None
+    say(benches[0].images.describe())
+    if given is not None:
+        say(given.describe())
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     for name in names:
