@@ -118,6 +118,7 @@ def _space(options: argparse.Namespace) -> Space:
 def _dry_run(space: Space, options: argparse.Namespace) -> int:
     from hpcl.search.check import backbone_problems
     from hpcl.search.folder import choose_folder
+    from hpcl.search.images import foresee
     from hpcl.search.machine import local_node
     from hpcl.search.plan import make_plan
     from hpcl.search.plan_text import render
@@ -139,6 +140,7 @@ def _dry_run(space: Space, options: argparse.Namespace) -> int:
         folder=choice.folder,
         resumes=choice.resume,
         measured=measured,
+        images=foresee(space.base.data),
     )
     lines = read_warm(options.warm_from, space).lines if options.warm_from else []
     print(harmless("\n".join([render(plan), *lines])))

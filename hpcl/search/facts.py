@@ -145,6 +145,23 @@ class DataFacts(Facts):
     """The first entry of a folder that cannot be looked into, and why; empty: there is none."""
 
 
+class ImageFacts(Facts):
+    """Decoded images, as far as they are known before they are decoded."""
+
+    count: int
+    """Images, also those that turn out to be broken where not `exact`."""
+    shape: tuple[int, int, int]
+    """Channels, height and width in pixels; of the first image where not `exact`."""
+    exact: bool
+    """Whether they are decoded already."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of their mapped copy."""
+        channels, height, width = self.shape
+        return self.count * channels * height * width
+
+
 class NodeFacts(Facts):
     """One node of the cluster."""
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from hpcl.errors import UserError
-from hpcl.search.facts import DataFacts
-from hpcl.search.probe import reason_of
+from hpcl.search.facts import DataFacts, ImageFacts
+from hpcl.search.probe import reason_of, within
 
 if TYPE_CHECKING:
+    from hpcl.config import Data
     from hpcl.sources import Source
 
 TRIED = 8
 """Images that are decoded to see whether the source has any."""
+PATIENCE = 3.0
+"""Seconds in which a plan must know its images; a folder of a million takes longer to list."""
 
 
 def look_at_data(source: str) -> DataFacts:
@@ -48,6 +52,51 @@ def look_at_data(source: str) -> DataFacts:
     return DataFacts(files=len(found.files), digest=digest.hexdigest(), left_out=left_out)
 
 
+def foresee(data: Data, seconds: float = PATIENCE) -> ImageFacts | None:
+    """How large the decoded images of a configuration are or will be; nothing is converted, and torch not imported.
+
+    Args:
+        data: section `data` of the configuration.
+        seconds: that it may take.
+
+    Returns:
+        None where it cannot be told: the source is not there, or too large to look through in time.
+    """
+    try:
+        return within(seconds, partial(_foresee, data))
+    except Exception:  # a source that cannot be read is told of when it is; broken ones raise almost anything
+        return None
+
+
+def _foresee(data: Data) -> ImageFacts | None:
+    if data.source == "mnist5k":  # known without numpy and pyarrow, so that the plan is there at once
+        return ImageFacts(count=5000, shape=(1, data.size or 28, data.size or 28), exact=True)
+    from hpcl import sources
+    from hpcl.data.convert import count_images
+    from hpcl.data.image_set import cache_file
+    from hpcl.data.store import Stored
+    from hpcl.decode import decode
+    from hpcl.files import cache_folder
+
+    found = sources.find(data.source)
+    side = data.size
+    own = Stored.open(found.files[0]) if found.kind == "arrow" else None
+    if own is not None:
+        count, channels, height, width = own.images.shape
+        return ImageFacts(count=count, shape=(channels, side or height, side or width), exact=side is None)
+    stored = Stored.open(cache_file(found, side, cache_folder()))
+    if stored is not None and stored.holds(str(found.path or found.kind), found.fingerprint, side):
+        return ImageFacts(count=len(stored.images), shape=stored.images.shape[1:], exact=True)
+    total = count_images(found)
+    for item in islice(sources.items(found), TRIED) if total else ():
+        if item.content is None or item.problem is not None:
+            continue
+        pixels = decode(item.content, side)
+        channels = 3 if pixels.ndim == 3 else 1
+        return ImageFacts(count=total, shape=(channels, *pixels.shape[:2]), exact=False)
+    return None
+
+
 def _try(found: Source) -> None:
     """Raise UserError where a search would find no image there."""
     from hpcl import sources
@@ -61,10 +110,12 @@ def _try(found: Source) -> None:
     sources.check_tables(found)
     problems = []
     for item in islice(sources.items(found), TRIED):
-        problem = item.problem or ("" if item.content else "has no image bytes")
+        content = item.content
+        empty = content is None or (isinstance(content, bytes) and not content)
+        problem = item.problem or ("has no image bytes" if empty else "")
         try:
-            if item.content and not problem:
-                decode(item.content, None)
+            if content is not None and not problem:
+                decode(content, None)
                 return
         except Exception as error:  # broken files make decoders raise almost anything
             problem = reason_of(error)

@@ -18,6 +18,7 @@ from hpcl.search.budget import Budget
 from hpcl.search.check import device_problems
 from hpcl.search.clock import rung_times
 from hpcl.search.expected import Expected, Lengths, Measured, expect, trial_lengths
+from hpcl.search.facts import ImageFacts
 from hpcl.search.params import PROTOTYPE_CURVES, Resources
 from hpcl.search.prefixes import PrefixPlan, acting_stages, plan_prefixes
 from hpcl.search.space import Space
@@ -103,6 +104,8 @@ class Plan:
     """Where the results go."""
     resumes: bool
     """Whether an unfinished search there goes on."""
+    images: ImageFacts | None = None
+    """The decoded images, where they are known."""
 
     @property
     def fork(self) -> float:
@@ -199,6 +202,7 @@ def make_plan(
     folder: Path,
     resumes: bool = False,
     measured: Measured | None = None,
+    images: ImageFacts | None = None,
 ) -> Plan:
     """The plan of a search on these machines.
 
@@ -209,6 +213,7 @@ def make_plan(
         folder: where the results go.
         resumes: an unfinished search lies there and goes on.
         measured: what an epoch takes.
+        images: the decoded images, where they are known.
 
     Raises:
         ConfigError: the cluster has no room for one trial, or no GPU for a space that wants one.
@@ -240,6 +245,7 @@ def make_plan(
         notes=_notes(space, decided, min(acting.values())),
         folder=folder,
         resumes=resumes,
+        images=images,
     )
 
 

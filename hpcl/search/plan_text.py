@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from hpcl.downstream.scores import OBJECTIVES
+from hpcl.files import bytes_in_words
 from hpcl.search.params import Choice, Param
 from hpcl.search.places import shown
 from hpcl.search.plan import Plan, counted, duration, number
@@ -26,7 +27,7 @@ def render(plan: Plan) -> str:
     tpe = f", TPE after {counted(plan.startup, 'finished trial')}" if search.sampler == "tpe" else ""
     end = "higher" if search.mode == "max" else "lower"
     rows = [
-        ("images", f"{space.base.data.source}" + _subset(space)),
+        ("images", _images(plan)),
         ("trials", _trials(plan)),
         ("shared", _shared(plan)),
         ("at a time", _at_a_time(plan)),
@@ -167,6 +168,19 @@ def _scale(param: Param) -> str:
     for parent, allowed in param.when.items():
         parts.append(f"if {parent} is {' or '.join(show(value) for value in allowed)}")
     return ", ".join(parts)
+
+
+def _images(plan: Plan) -> str:
+    """Which images, how large they are, and where they lie while trials run."""
+    text, facts = f"{plan.space.base.data.source}{_subset(plan.space)}", plan.images
+    if facts is not None:
+        shape = "x".join(str(side) for side in facts.shape)
+        about = "" if facts.exact else "about "
+        text += f": {facts.count:,} x {shape} = {about}{bytes_in_words(facts.bytes)}"
+    text += ", one mapped copy per machine, shared by all trials"
+    if plan.gpus_per_trial:
+        text += "; copied to the GPU if it fits half of its free memory, else streamed with prefetch"
+    return text
 
 
 def _subset(space: Space) -> str:
