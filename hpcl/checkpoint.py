@@ -121,6 +121,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def foreign(where: Path | str, holds: str) -> UnreadableCheckpoint:
+    """The error for a checkpoint whose content, `holds`, is none that a run writes."""
+    return UnreadableCheckpoint(
+        f"{where}: holds {holds}, which no run writes; give the {CHECKPOINT_NAME} of a run or trial folder"
+    )
+
+
 def _lacks(state: dict[str, Any]) -> str | None:
     """What of a run's state is missing or of another kind; None where all is there that every reader uses."""
     data, rows, pair = state.get("data"), state.get("rows"), state.get("pair")

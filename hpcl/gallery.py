@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hpcl.checkpoint import load_checkpoint
+from hpcl.checkpoint import foreign, load_checkpoint
 from hpcl.config import Data
 from hpcl.data import DataError, DeviceImages, Ids, ImageSet, load
 from hpcl.dist import current_world
-from hpcl.errors import UnreadableCheckpoint, UserError
+from hpcl.errors import UserError
 from hpcl.features import FeaturePass
+from hpcl.hierarchy import saved_assignments
 from hpcl.metrics import churn_ami
 from hpcl.pretrained import load_network
 from hpcl.prototypes import make_level
@@ -117,7 +118,7 @@ def gallery_of(checkpoint: Path, images: int = 8, data: str | None = None) -> tu
     epoch = len(state["rows"])
     stages = make_plan(config)
     if epoch > total_epochs(stages):
-        raise _foreign(checkpoint, f"{epoch} epochs of {total_epochs(stages)}")
+        raise foreign(checkpoint, f"{epoch} epochs of {total_epochs(stages)}")
     plan = stage_at(stages, epoch)
     if not plan.uses_prototypes:
         raise UserError(
@@ -127,7 +128,7 @@ def gallery_of(checkpoint: Path, images: int = 8, data: str | None = None) -> tu
     found = _images_of(
         checkpoint, config.data if data is None else config.data.model_copy(update={"source": data}), state
     )
-    assignments = _assignments(checkpoint, state, len(found.train))
+    assignments = saved_assignments(state, len(found.train), checkpoint)
     world = current_world("cpu" if config.runtime.device == "cpu" else "auto")
     passes = FeaturePass(DeviceImages(found, world.device), world, torch.float32)
     embeddings = passes.of_images(network.to(world.device), found.train, plan.uses_head).embedding.cpu()
@@ -168,29 +169,6 @@ def _images_of(checkpoint: Path, section: Data, state: dict[str, Any]) -> ImageS
     if found.content_hash != state["data"]["hash"]:
         raise UserError(f"{found.source}: holds other images now than at the training; {remedy}")
     return found
-
-
-def _assignments(checkpoint: Path, state: dict[str, Any], num_images: int) -> list[torch.Tensor]:
-    """(N,) long of each level, coarse to fine."""
-    try:
-        assignments = [x.to(torch.long) for x in state["hierarchy"]["labels"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _foreign(checkpoint, f"no assignments ({type(error).__name__}: {error})") from error
-    if not assignments:
-        raise _foreign(checkpoint, "no assignments")
-    for x in assignments:
-        if x.shape != (num_images,):
-            raise _foreign(checkpoint, f"an assignment of {len(x.flatten())} images, but there are {num_images}")
-        # A number that is no cluster's would be asked for memory: as many clusters as it says.
-        if int(x.min()) < 0 or int(x.max()) >= num_images or not bool(x.bincount().all()):
-            raise _foreign(checkpoint, "an assignment with clusters that are empty or do not exist")
-    return assignments
-
-
-def _foreign(checkpoint: Path, holds: str) -> UnreadableCheckpoint:
-    return UnreadableCheckpoint(
-        f"{checkpoint}: holds {holds}, which no run writes; give the checkpoint.pt of a run or trial folder"
-    )
 
 
 def _describe(

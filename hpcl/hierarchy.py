@@ -9,11 +9,13 @@ Legend: N training images, D embedding, M clusters of a level, L levels.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hpcl.checkpoint import foreign
 from hpcl.config import Config
 from hpcl.dist import World
 from hpcl.growth import level_counts
@@ -115,3 +117,29 @@ class Hierarchy:
         """Continue where :meth:`state_dict` was taken."""
         self._position = int(state["position"])
         self._labels = [x.to(torch.long) for x in state["labels"]]
+
+
+def saved_assignments(state: dict[str, Any], num_images: int, where: Path | str) -> list[Tensor]:
+    """(N,) long assignment of the training images at each level of a checkpoint, coarse to fine, checked.
+
+    Args:
+        state: of :func:`hpcl.checkpoint.load_checkpoint`.
+        num_images: N.
+        where: the checkpoint, for the message.
+
+    Raises:
+        UnreadableCheckpoint: there is none, or not such as a run on N images writes.
+    """
+    try:
+        assignments = [x.to(torch.long) for x in state["hierarchy"]["labels"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise foreign(where, f"no assignments ({type(error).__name__}: {error})") from error
+    if not assignments:
+        raise foreign(where, "no assignments")
+    for x in assignments:
+        if x.shape != (num_images,):
+            raise foreign(where, f"an assignment of {len(x.flatten())} images, but there are {num_images}")
+        # A number that is no cluster's would be asked for memory: as many clusters as it says.
+        if int(x.min()) < 0 or int(x.max()) >= num_images or not bool(x.bincount().all()):
+            raise foreign(where, "an assignment with clusters that are empty or do not exist")
+    return assignments

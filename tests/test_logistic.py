@@ -80,7 +80,7 @@ def test_logistic_regression_equals_scikit_learn(classes: int, penalty: float) -
 def test_a_path_of_penalties_ends_where_each_alone_does_also_in_float32() -> None:
     train, labels = blobs(400, 20, 4, seed=6)
     rows, _ = blobs(100, 20, 4, seed=7)
-    penalties = linear.PENALTIES[::-1]
+    penalties = linear.LOGISTIC_PENALTIES
     x, scored = coordinates(train, rows)
     for penalty, scores in logistic_by_penalty(train.float(), labels, rows.float(), 4, penalties):
         found = fit_logistic(x, labels, 4, penalty, tolerance=1e-9)
@@ -107,12 +107,14 @@ def test_wide_rows_have_the_same_logistic_regression(monkeypatch: pytest.MonkeyP
 def test_the_penalty_is_chosen_by_other_rows_and_all_training_rows_are_fitted(probe: Any) -> None:
     train, labels = (part[:80] for part in blobs(400, 40, 5, seed=10, spread=4.0))
     judges, test = (Rows(*blobs(200, 40, 5, seed=seed, spread=4.0)) for seed in (11, 12))
-    by_penalty = ridge.ridge_by_penalty if probe is linear_probe_accuracy else logistic_by_penalty
+    by_penalty, penalties = logistic_by_penalty, linear.LOGISTIC_PENALTIES
+    if probe is linear_probe_accuracy:
+        by_penalty, penalties = ridge.ridge_by_penalty, linear.PENALTIES[::-1]
 
     def accuracies(fitted: Rows, rows: Rows) -> dict[float, float]:
         return {
             penalty: float((scores.argmax(1) == rows.labels).double().mean())
-            for penalty, scores in by_penalty(*fitted, rows.features, 5, linear.PENALTIES[::-1])
+            for penalty, scores in by_penalty(*fitted, rows.features, 5, penalties)
         }
 
     def best(found: dict[float, float]) -> float:

@@ -30,7 +30,10 @@ from hpcl.downstream.scores import Encoder, Score
 from hpcl.rng import generator, seed_of
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-5, 2))
-"""Penalties tried, as multiples of the number of rows (features have variance 1); of both classifiers."""
+"""Penalties of ridge regression tried, as multiples of the number of rows (features have variance 1)."""
+
+LOGISTIC_PENALTIES = tuple(10.0**exponent for exponent in range(0, -6, -1))
+"""Penalties of logistic regression tried; a small one's minimum is found faster from a larger one's."""
 
 INNER_FRACTION = 0.2
 """Part of the training rows on which the penalty is chosen."""
@@ -56,9 +59,6 @@ def inner_split(train: Rows, seed: int) -> tuple[Rows, Rows]:
     return rest, inner
 
 
-_MIDDLE = PENALTIES[len(PENALTIES) // 2]
-
-
 def choose_penalty(
     features: Tensor, labels: Tensor, num_classes: int, seed: int, choosing: Rows | None = None
 ) -> float:
@@ -76,7 +76,7 @@ def choose_penalty(
     train = Rows(features, labels)
     fitted, judge = inner_split(train, seed) if choosing is None else (train, choosing)
     if not len(judge.labels):
-        return _MIDDLE
+        return PENALTIES[len(PENALTIES) // 2]
     best, chosen = -1.0, PENALTIES[-1]
     for penalty, scores in ridge_by_penalty(*fitted, judge.features, num_classes, PENALTIES[::-1]):
         accuracy = _accuracy(scores, judge.labels)
@@ -132,7 +132,7 @@ def logistic_probe_accuracy(
     """As :func:`linear_probe_accuracy`, by multinomial logistic regression."""
     if not _is_defined(train, val, choosing):
         return None
-    penalties = PENALTIES[::-1]  # a small penalty's minimum is found faster from a larger one's
+    penalties = LOGISTIC_PENALTIES
     if choosing is not None and len(choosing.labels):
         best, value = -1.0, 0.0
         both = torch.cat([choosing.features, val])
@@ -142,7 +142,7 @@ def logistic_probe_accuracy(
                 best, value = accuracy, _accuracy(scores[len(choosing.labels) :], val_labels)
         return value
     rest, inner = inner_split(Rows(train, train_labels), seed)
-    best, chosen = -1.0, _MIDDLE
+    best, chosen = -1.0, penalties[len(penalties) // 2]
     if len(inner.labels):
         for penalty, scores in logistic_by_penalty(*rest, inner.features, num_classes, penalties):
             accuracy = _accuracy(scores, inner.labels)
