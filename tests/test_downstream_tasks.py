@@ -1,69 +1,35 @@
-"""kNN, linear probes, few-shot and clusters as tasks: on a run's checkpoint and real digits, and by hand cases."""
+"""kNN and linear probes as tasks, and what all tasks have in common: on a run's checkpoint and real digits."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from benches import Run, bench_of, by_setting, digits_with_novel
 from conftest import TINY
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
-from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.neighbors import KNeighborsClassifier
 
-from hpcl.checkpoint import load_checkpoint
 from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet, load
-from hpcl.dist import World
 from hpcl.downstream import clusters, fewshot, knn, linear
-from hpcl.downstream.bench import Bench, Split
-from hpcl.downstream.fewshot import Episodes, draw_episodes, episode_accuracies, inner_products
-from hpcl.downstream.scores import Encoder, Score
-from hpcl.errors import UnreadableCheckpoint
-from hpcl.pretrained import load_network
+from hpcl.downstream.bench import Bench
+from hpcl.downstream.scores import Encoder
 from hpcl.rng import seed_of
 
 TASKS: tuple[Any, ...] = (knn, linear, fewshot, clusters)
 ENCODERS: tuple[Encoder, ...] = ("trained", "untrained", "pixels")
-NOVEL = (7, 8, 9)
-"""Digits that the images of these tests have as novel classes."""
-
 ALL_PENALTIES = linear.PENALTIES
-
-Run = tuple[Path, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def digits() -> ImageSet:
-    """405 training digits, and the images of the last three digits in val and test as novel."""
-    images = load(Config.model_validate(TINY).data)
-    assert images.labels is not None
-    novel = np.isin(images.labels, NOVEL)
-
-    def part(ids: Any, of_novel: bool) -> Any:
-        return ids[novel[ids] == of_novel]
-
-    return dataclasses.replace(
-        images,
-        train=part(images.train, False),
-        val=part(images.val, False),
-        test=part(images.test, False),
-        novel_val=part(images.val, True),
-        novel_test=part(images.test, True),
-    )
-
-
-def bench_of(run: Run, images: ImageSet, split: Split = "test", with_state: bool = False) -> Bench:
-    config, network, _ = load_network(run[0] / "checkpoint.pt")
-    state = load_checkpoint(run[0] / "checkpoint.pt") if with_state else None
-    return Bench(config, network, images, World(0, 1, torch.device("cpu")), split=split, state=state)
+    return digits_with_novel()
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +44,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "LARGEST_SYSTEM", 200)
     monkeypatch.setattr(linear, "PENALTIES", (0.001, 0.1))
     monkeypatch.setattr(linear, "LOGISTIC_PENALTIES", (1.0, 0.1, 0.01))
-
-
-def by_setting(scores: list[Score], measure: str = "accuracy") -> dict[tuple[Encoder, str], Score]:
-    return {(score.encoder, score.setting): score for score in scores if score.measure == measure}
 
 
 # ---------------------------------------------------------------- all tasks
@@ -233,202 +195,6 @@ def test_large_images_are_averaged_for_the_probe_alone(
     assert linear._rows(bench, "trained", "val", 0).features.shape[1] == 32
     monkeypatch.setattr(linear, "LARGEST_SYSTEM", len(digits.train))  # so many training images are as few
     assert torch.equal(linear._rows(bench, "pixels", "val", 0).features, images.flatten(1))
-
-
-# ---------------------------------------------------------------- few-shot
-
-
-def test_episodes_are_disjoint_distinct_and_seeded() -> None:
-    labels = torch.tensor([3] * 22 + [5] * 20 + [6] * 40 + [9] * 21)
-    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    drawn = draw_episodes(labels, 3, 5, 15, 200, seed=1)
-    assert drawn.support.shape == (200, 3, 5) and drawn.query.shape == (200, 3, 15)
-    for support, query in zip(drawn.support, drawn.query, strict=True):
-        images = torch.cat([support, query], dim=1)
-        assert len(set(images.flatten().tolist())) == 3 * 20
-        own = labels[images]
-        assert (own == own[:, :1]).all() and len(set(own[:, 0].tolist())) == 3
-    again, other = (draw_episodes(labels, 3, 5, 15, 200, seed=seed) for seed in (1, 2))
-    assert torch.equal(again.support, drawn.support) and torch.equal(again.query, drawn.query)
-    assert not torch.equal(other.support, drawn.support)
-
-
-def test_episodes_are_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fewshot, "KEYS_AT_ONCE", 5000)  # in many parts
-    labels = torch.tensor([0] * 8 + [1] * 6 + [2] * 12 + [3] * 6)
-    drawn = draw_episodes(labels, 2, 1, 4, 6000, seed=0)
-    pairs = Counter(tuple(sorted(labels[support].flatten().tolist())) for support in drawn.support)
-    assert len(pairs) == 6
-    assert all(abs(count - 1000) < 5 * math.sqrt(1000) for count in pairs.values())
-    first = Counter(labels[drawn.support[:, 0, 0]].tolist())
-    assert all(abs(first[label] - 1500) < 5 * math.sqrt(1500) for label in range(4))
-    for images, each in ((drawn.support, 1), (drawn.query, 4)):
-        counts = images.flatten().bincount(minlength=32)
-        for place, label in enumerate(labels.tolist()):
-            want = 6000 / 2 * each / int((labels == label).sum())  # each class is in half of the episodes
-            assert abs(int(counts[place]) - want) < 5 * math.sqrt(want)
-
-
-@pytest.fixture(params=[fewshot.LARGEST_TABLE, 0], ids=["looked up", "computed"])
-def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fewshot, "LARGEST_TABLE", request.param)
-    monkeypatch.setattr(fewshot, "FLOATS_AT_ONCE", 1000)  # a few episodes at a time
-    monkeypatch.setattr(fewshot, "FITS_AT_ONCE", 4)
-    yield
-
-
-def novel_features(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
-    return bench.features("trained", "novel", 0).double(), bench.labels("novel")
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # scikit-learn's variance of one image a class
-@pytest.mark.usefixtures("table")
-@pytest.mark.parametrize("shot", [1, 5])
-def test_nearest_centroid_equals_a_slow_loop_and_scikit_learn(shot: int, bench: Bench) -> None:
-    raw, labels = novel_features(bench)
-    centre = bench.features("trained", "train", 0).double().mean(0)
-    drawn = draw_episodes(labels, 3, shot, 15, 12, seed=0)
-    unit = torch.nn.functional.normalize(raw - centre, dim=1)
-    found = episode_accuracies(unit, drawn, "nearest centroid")
-    rows = ((raw - centre) / (raw - centre).norm(dim=1, keepdim=True)).numpy()
-    for accuracy, support, query in zip(found.tolist(), drawn.support.numpy(), drawn.query.numpy(), strict=True):
-        right = 0
-        means = [sum(rows[i] for i in own) / shot for own in support]
-        for label, own in enumerate(query):
-            for i in own:
-                distances = [float(((rows[i] - mean) ** 2).sum()) for mean in means]
-                right += distances.index(min(distances)) == label
-        assert accuracy == pytest.approx(right / 45)
-        theirs = NearestCentroid().fit(rows[support.ravel()], np.repeat(np.arange(3), shot))
-        assert accuracy == pytest.approx(theirs.score(rows[query.ravel()], np.repeat(np.arange(3), 15)))
-
-
-@pytest.mark.usefixtures("table")
-def test_logistic_episodes_equal_scikit_learn(bench: Bench) -> None:
-    raw, labels = novel_features(bench)
-    unit = torch.nn.functional.normalize(raw, dim=1)
-    drawn = draw_episodes(labels, 3, 5, 15, 10, seed=0)
-    found = episode_accuracies(unit, drawn, "logistic regression")
-    for accuracy, support, query in zip(found.tolist(), drawn.support.numpy(), drawn.query.numpy(), strict=True):
-        theirs = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(
-            unit.numpy()[support.ravel()], np.repeat(np.arange(3), 5)
-        )
-        assert accuracy == pytest.approx(theirs.score(unit.numpy()[query.ravel()], np.repeat(np.arange(3), 15)))
-
-
-@pytest.mark.usefixtures("table")
-def test_products_are_those_of_the_images(bench: Bench) -> None:
-    raw, labels = novel_features(bench)
-    drawn = draw_episodes(labels, 2, 5, 15, 9, seed=3)
-    parts = list(inner_products(raw, drawn))
-    assert len(parts) > 1
-    support, query = (torch.cat(part) for part in zip(*parts, strict=True))
-    want = torch.einsum("eqf,esf->eqs", raw[drawn.query.flatten(1)], raw[drawn.support.flatten(1)])
-    np.testing.assert_allclose(query.numpy(), want.numpy(), rtol=1e-9)
-    np.testing.assert_allclose(support[4, 3, 7], raw[drawn.support[4, 0, 3]] @ raw[drawn.support[4, 1, 2]], rtol=1e-9)
-
-
-def test_the_interval_is_that_of_the_episodes(bench: Bench) -> None:
-    value, ci95 = fewshot.mean_and_ci95(torch.tensor([0.2, 0.4, 0.9]))
-    assert value == pytest.approx(0.5) and ci95 == pytest.approx(1.96 * math.sqrt(0.13) / math.sqrt(3))
-    scores = fewshot.run(bench, ("trained",), 0)
-    raw, labels = bench.features("trained", "novel", 0), bench.labels("novel")
-    unit = torch.nn.functional.normalize(raw - bench.features("trained", "train", 0).mean(0), dim=1)
-    each = episode_accuracies(unit, draw_episodes(labels, 3, 1, 15, 60, 0), "nearest centroid").numpy()
-    assert scores[0].value == pytest.approx(each.mean()) and scores[0].count == 60
-    assert scores[0].ci95 == pytest.approx(1.96 * each.std(ddof=1) / math.sqrt(60))
-    assert [score.setting for score in scores] == [
-        "3-way 1-shot, nearest centroid",
-        "3-way 1-shot, logistic regression",
-        "3-way 5-shot, nearest centroid",
-        "3-way 5-shot, logistic regression",
-    ]
-    assert scores[2].value > scores[0].value > 0.4  # more examples help; a third is chance
-
-
-def test_classes_with_too_few_images_and_seen_ones_are_left_out(unbroken: Run, digits: ImageSet) -> None:
-    assert digits.labels is not None
-    own = digits.labels[digits.novel_test]
-    few = np.concatenate([digits.novel_test[own != 8], digits.novel_test[own == 8][:19], digits.test])
-    bench = bench_of(unbroken, dataclasses.replace(digits, novel_test=np.sort(few)))
-    assert fewshot.left_out(bench) == [digits.classes[8]] and fewshot.refusal(bench) is None
-    assert fewshot.run(bench, ("pixels",), 0)[0].setting == "2-way 1-shot, nearest centroid"
-    pure = dataclasses.replace(digits, novel_test=digits.novel_test[own != 8])
-    assert fewshot.run(bench, ("pixels",), 0) == fewshot.run(bench_of(unbroken, pure), ("pixels",), 0)
-
-
-def test_chance_on_noise_is_one_in_way() -> None:
-    labels = torch.arange(5).repeat_interleave(30)
-    noise = torch.randn(150, 64, generator=torch.Generator().manual_seed(0))
-    drawn = Episodes(*draw_episodes(labels, 5, 5, 15, 100, 0))
-    for classifier in fewshot.CLASSIFIERS:
-        found = episode_accuracies(torch.nn.functional.normalize(noise, dim=1), drawn, classifier)
-        assert float(found.mean()) == pytest.approx(0.2, abs=0.03)
-
-
-# ---------------------------------------------------------------- clusters
-
-
-def test_agreement_of_hand_cases_and_against_scikit_learn() -> None:
-    labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    assert clusters.agreement(labels, 1 - labels) == pytest.approx({"AMI": 1.0, "ARI": 1.0, "purity": 1.0})
-    assert clusters.purity(labels, torch.tensor([0, 0, 1, 1, 1, 2])) == 5 / 6
-    assert clusters.purity(labels, torch.zeros(6).long()) == 0.5
-    assert clusters.purity(labels * 4, torch.tensor([0, 9, 9, 9, 9, 0])) == 4 / 6 - 1 / 6
-    alone = clusters.agreement(torch.zeros(4).long(), torch.zeros(4).long())
-    assert math.isnan(alone["AMI"]) and alone["purity"] == 1.0
-    draw = torch.Generator().manual_seed(0)
-    a, b = torch.randint(5, (300,), generator=draw), torch.randint(7, (300,), generator=draw)
-    b = torch.where(torch.rand(300, generator=draw) < 0.4, a, b)
-    found = clusters.agreement(a, b)
-    assert found["AMI"] == pytest.approx(adjusted_mutual_info_score(a, b), abs=1e-9)
-    assert found["ARI"] == pytest.approx(adjusted_rand_score(a, b))
-    loop = sum(max(Counter(a[b == cluster].tolist()).values()) for cluster in set(b.tolist()))
-    assert found["purity"] == loop / 300
-
-
-def test_levels_are_the_checkpoints_and_kmeans_is_that_of_every_encoder(unbroken: Run) -> None:
-    images = load(Config.model_validate(TINY).data)
-    assert images.labels is not None
-    bench = bench_of(unbroken, images, "val", with_state=True)
-    scores = clusters.run(bench, ("trained", "pixels"), 0)
-    assert bench.state is not None
-    (level,) = bench.state["hierarchy"]["labels"]
-    names = ["k-means, k = classes", "k-means, k = finest level", "level 1 of 1 (7 clusters)"]
-    assert [score.setting for score in scores] == [n for n in [*names, *names[:2]] for _ in clusters.MEASURES]
-    found = by_setting(scores, "AMI")
-    truth = images.labels[images.train]
-    assert found["trained", names[2]].value == pytest.approx(adjusted_mutual_info_score(truth, level), abs=1e-9)
-    assert all(score.count == len(truth) for score in scores)
-    for encoder in ("trained", "pixels"):
-        features = bench.features(encoder, "train", 0)
-        own = clusters.kmeans_labels(features, 10, bench.config.clusters, 0)
-        assert int(own.bincount(minlength=10).min()) >= len(truth) // 10 * 2 // 3  # the configuration's bounds
-        assert torch.equal(own, clusters.kmeans_labels(features * 7.0, 10, bench.config.clusters, 0))
-        value = adjusted_mutual_info_score(truth, own)
-        assert found[encoder, names[0]].value == pytest.approx(value, abs=1e-9)
-    others = by_setting(clusters.run(bench, ("pixels",), 1), "AMI")
-    assert others["pixels", names[0]].value != found["pixels", names[0]].value  # the start is drawn by seed
-
-
-def test_levels_of_other_images_or_of_stage_1_are_left_out_and_strange_ones_refused(unbroken: Run) -> None:
-    images = load(Config.model_validate(TINY).data)
-    bench = bench_of(unbroken, images, with_state=True)
-    assert bench.state is not None
-
-    def settings(changed: dict[str, Any], of: ImageSet = images) -> set[str]:
-        bench.state, bench.images = changed, of
-        return {score.setting for score in clusters.run(bench, ("trained",), 0)}
-
-    state = bench.state
-    plain = {"k-means, k = classes"}
-    assert len(settings(state)) == 3
-    assert settings(state, dataclasses.replace(images, content_hash="other")) == plain
-    assert settings(state | {"rows": state["rows"][:1], "hierarchy": {"position": 0, "labels": []}}) == plain
-    with pytest.raises(UnreadableCheckpoint, match="mnist5k: holds an assignment of 7 images, but there are 405"):
-        settings(state | {"hierarchy": {"labels": [torch.zeros(7)]}})
-    with pytest.raises(UnreadableCheckpoint, match="holds 16 epochs of 8"):
-        settings(state | {"rows": state["rows"] * 2})
 
 
 def test_the_seed_of_the_probe_is_that_of_the_data(unbroken: Run, digits: ImageSet) -> None:
