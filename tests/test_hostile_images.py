@@ -99,7 +99,7 @@ def test_a_dictionary_that_multiplies_is_read_a_few_rows_at_a_time(tmp_path: Pat
     code = (
         "import resource, sys; from hpcl import sources; from hpcl.config import Data\n"
         "from hpcl.data import blocks, load; from hpcl.errors import UserError\n"
-        "sources._BYTES = blocks._ENCODED = 50_000_000\n"
+        "sources.parquet._BYTES = blocks._ENCODED = 50_000_000\n"
         "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = most()\n"
         "try: load(Data(source=sys.argv[1]), sys.argv[2])\n"

@@ -105,8 +105,12 @@ def test_empty_folder_and_folder_of_other_files(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "images.zip").write_bytes(b"PK\x03\x04")
-    assert "images.zip, which is neither Parquet nor Arrow; give" in problem_of(
+    assert "images.zip, which is of no kind that is read; unpack it and give its folder" in problem_of(
         Data(source=str(tmp_path / "images.zip"))
+    )
+    (tmp_path / "notes.md").write_text("# Notes")
+    assert "notes.md, which is of no kind that is read; give mnist5k, a folder of images" in problem_of(
+        Data(source=str(tmp_path / "notes.md"))
     )
 
 
@@ -317,7 +321,10 @@ def test_parquet_bad_rows_are_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "text"),
     [
-        ({"img": [b"x"], "n": [1]}, "has no column `image` with encoded images (PNG, JPEG, ...), only img (binary), n"),
+        (
+            {"picture": [b"x"], "n": [1]},
+            "has no column `image` (or `img`) with encoded images (PNG, JPEG, ...), only picture (binary), n",
+        ),
         ({"image": [1.5]}, "has column `image` of type double, but it must hold encoded image bytes"),
         ({"image": [], "label": []}, "has column `image` of type null"),
         ({"image": pa.array([], pa.binary())}, "has no usable image (0 skipped)"),
@@ -329,7 +336,7 @@ def test_parquet_bad_rows_are_skipped(tmp_path: Path) -> None:
     ],
 )
 def test_parquet_columns_that_do_not_fit(tmp_path: Path, columns: dict[str, Any], text: str) -> None:
-    if columns["image" if "image" in columns else "img"] == "png":
+    if columns.get("image") == "png":
         columns = columns | {"image": [png(random_pixels(0)), png(random_pixels(1))]}
     assert text in problem_of(Data(source=str(table(tmp_path / "set.parquet", columns))))
 

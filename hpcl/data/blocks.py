@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from hpcl.decode import FORMATS, Item, decode
-
-_Pixels = npt.NDArray[np.uint8]
+from hpcl.decode import Item, Pixels, attempt, blocks
 
 _ITEMS = 256
 """Images of a block at most."""
@@ -45,11 +42,11 @@ class Block:
 
     items: list[Item]
     """As they came, without their content."""
-    results: list[_Pixels | OtherSize | str]
+    results: list[Pixels | OtherSize | str]
     """For each: pixels (H, W) or (H, W, 3), or the reason why there are none."""
 
     @property
-    def kept(self) -> list[_Pixels]:
+    def kept(self) -> list[Pixels]:
         """The pixels of those that have some."""
         return [result for result in self.results if isinstance(result, np.ndarray)]
 
@@ -86,14 +83,14 @@ def decoded(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is below Pillow's
             while shape is None:
-                block = _whole(*_begun(pool, next(_cut(items, 1), []), size, None))
+                block = _whole(*_begun(pool, next(blocks(items, 1), []), size, None))
                 if not block.items:
                     return
                 shape = next((pixels.shape[:2] for pixels in block.kept), None)
                 yield block
             length, ahead = _lengths(3 * shape[0] * shape[1])
             waiting: deque[tuple[list[Item], list[_Part]]] = deque()
-            for some in _cut(items, length):
+            for some in blocks(items, length, _ENCODED):
                 waiting.append(_begun(pool, some, size, shape))
                 if len(waiting) > ahead:
                     yield _whole(*waiting.popleft())
@@ -103,7 +100,7 @@ def decoded(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_Part = Future[list[_Pixels | OtherSize | str]]
+_Part = Future[list[Pixels | OtherSize | str]]
 
 
 def _lengths(most: int) -> tuple[int, int]:
@@ -122,24 +119,10 @@ def _part_of(length: int) -> int:
     return max(1, min(8, length // (2 * cores())))
 
 
-def _cut(items: Iterator[Item], length: int) -> Iterator[list[Item]]:
-    """Blocks of so many items, or fewer where they are large."""
-    block: list[Item] = []
-    held = 0
-    for item in items:
-        block.append(item)
-        held += len(item.content) if isinstance(item.content, bytes) else 0
-        if len(block) == length or held > _ENCODED:
-            yield block
-            block, held = [], 0
-    if block:
-        yield block
-
-
 def _begun(
     pool: ThreadPoolExecutor, some: list[Item], size: int | None, shape: tuple[int, int] | None
 ) -> tuple[list[Item], list[_Part]]:
-    def several(part: list[Item]) -> list[_Pixels | OtherSize | str]:
+    def several(part: list[Item]) -> list[Pixels | OtherSize | str]:
         return [_result(item, size, shape) for item in part]
 
     step, rest = _part_of(len(some)), iter(some)
@@ -153,18 +136,9 @@ def _whole(some: list[Item], parts: list[_Part]) -> Block:
     return block
 
 
-def _result(item: Item, size: int | None, shape: tuple[int, int] | None) -> _Pixels | OtherSize | str:
+def _result(item: Item, size: int | None, shape: tuple[int, int] | None) -> Pixels | OtherSize | str:
     """Pixels of one item as :func:`hpcl.decode.decode` gives them, or the reason why there are none."""
-    if item.problem is not None:
-        return item.problem
-    if item.content is None:
-        return "has no image bytes"
-    try:
-        pixels = decode(item.content, size)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:  # its text names an object in memory
-        return f"is no image that is read ({', '.join(FORMATS)})"
-    except Exception as error:  # broken files make decoders raise almost anything
-        return " ".join(str(error).split())[:200] or type(error).__name__
+    pixels = attempt(item, size)
+    if isinstance(pixels, str):
+        return pixels
     return pixels if shape in (None, pixels.shape[:2]) else OtherSize(*pixels.shape[:2])

@@ -102,7 +102,7 @@ def _try(found: Source) -> None:
     from hpcl import sources
     from hpcl.config import Data
     from hpcl.data import load
-    from hpcl.decode import decode
+    from hpcl.decode import attempt
 
     if found.kind == "arrow":  # decoded already: nothing but a look
         load(Data(source=str(found.path)))
@@ -110,15 +110,9 @@ def _try(found: Source) -> None:
     sources.check_tables(found)
     problems = []
     for item in islice(sources.items(found), TRIED):
-        content = item.content
-        empty = content is None or (isinstance(content, bytes) and not content)
-        problem = item.problem or ("has no image bytes" if empty else "")
-        try:
-            if content is not None and not problem:
-                decode(content, None)
-                return
-        except Exception as error:  # broken files make decoders raise almost anything
-            problem = reason_of(error)
-        problems.append(f"{item.name}: {problem}")
+        pixels = attempt(item, None)
+        if not isinstance(pixels, str):
+            return
+        problems.append(f"{item.name}: {pixels}")
     first = f"none of the first {len(problems)} images can be read ({problems[0]})" if problems else "holds no image"
     raise UserError(f"{found.path}: {first}; see to it")

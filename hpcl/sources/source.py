@@ -1,0 +1,80 @@
+"""What a source of images is once it was found, and the words that name its parts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from hpcl.errors import UserError
+
+SPLITS = ("train", "val", "test")
+"""Names of the parts; a part's code is its place here."""
+
+SPLIT_CODES = {
+    **dict.fromkeys(("train", "training"), 0),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), 1),
+    **dict.fromkeys(("test", "testing"), 2),
+}
+KINDS = (
+    "mnist5k, a folder of images (with or without CSV files that name them, or in VOC's layout), "
+    "a CSV, Parquet, npz or pickle file or a folder of them, CIFAR's python batches, or an Arrow file this "
+    "project wrote"
+)
+"""For messages."""
+
+
+class DataError(UserError):
+    """The images cannot be used; each problem says where, what it is, what is needed and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that exists, not yet decoded."""
+
+    kind: str
+    """mnist5k, folder, csv, voc, parquet, npz, pickle or arrow."""
+    path: Path | None
+    files: tuple[Path, ...]
+    """Every file that is read: images, tables and lists, sorted within each kind."""
+    fingerprint: str
+    """Changes when a file's name, size or time of change does."""
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Entries that give no image, with the reason."""
+    other_files: int = 0
+    """Files that are no images."""
+    others: tuple[str, ...] = field(default=(), repr=False)
+    """Their names."""
+    litter: tuple[tuple[str, str], ...] = ()
+    """Hidden files and what other systems leave behind, with what each is; left out everywhere."""
+    empty: tuple[str, ...] = ()
+    """Folders without any image, where folders are classes."""
+    notes: tuple[str, ...] = ()
+    """Sentences on how the source was understood where it might be understood otherwise."""
+    detail: Any = field(default=None, compare=False, repr=False)
+    """What the reader of this kind found, so that it need not look again."""
+
+
+def fingerprint(root: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of the names, sizes and times of change of files below `root` (or of `root` itself)."""
+    digest = hashlib.sha256(str(root).encode("utf-8", "surrogateescape"))
+    for file in files:
+        found = file.stat()
+        name = str(file.relative_to(root)).encode("utf-8", "surrogateescape")
+        digest.update(name + f"\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def split_of(name: str | PurePath, *, folders: bool = True) -> int | None:
+    """Code of the split that a file's name says: the last such word of it, else its nearest folder's whole name.
+
+    >>> [split_of(name) for name in ("mini-imagenet-cache-val.pkl", "data/test-00000.parquet", "train/a.csv", "a.csv")]
+    [1, 2, 0, None]
+    """
+    path = PurePath(name)
+    words = re.findall(r"[a-z]+", path.stem.lower())
+    names = [*reversed(words), *(part.lower() for part in reversed(path.parts[:-1]) if folders)]
+    return next((SPLIT_CODES[name] for name in names if name in SPLIT_CODES), None)
