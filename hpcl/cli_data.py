@@ -1,15 +1,16 @@
-"""``hpcl data ...``: images before a run."""
+"""``hpcl data``: images before a run."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hpcl.errors import harmless
+from hpcl.errors import UserError, harmless
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at images, and convert them into one file that is mapped.")
+data_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @data_app.callback()
@@ -38,3 +39,50 @@ def convert(
     if there:
         print(harmless(f"{out} is up to date"))
     print(harmless(f"{load(Data(source=str(out))).describe()}; {bytes_in_words(out.expanduser().stat().st_size)}"))
+
+
+@data_app.command()
+def check(
+    source: Annotated[str, typer.Argument(help="As data.source: a folder, a file, or mnist5k.")],
+    size: Annotated[int | None, typer.Option(min=1, help="As data.size; tells which images are smaller.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Contact sheet (PNG); a list of all findings (.txt) goes beside it.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 1 if anything at all was found.")] = False,
+) -> None:
+    """Decode every image once: counts, classes, a contact sheet, and all that was left out, changed or is double."""
+    from hpcl.files import may_write, write_text
+    from hpcl.sources.check import check as look
+    from hpcl.sources.check_text import MARK, lines
+    from hpcl.sources.sheet import write_sheet
+
+    sheet = out or Path(f"{Path(source).expanduser().resolve().stem or 'data'}_check.png")
+    if sheet.suffix.lower() != ".png":
+        raise UserError(f"--out is {sheet}, but must end with .png")
+    listed = sheet.with_suffix(".txt")
+    for file in (sheet, listed):
+        may_write(file, MARK, "hpcl data check", "name another file with --out")
+
+    terminal = sys.stderr.isatty()
+
+    def progress(done: int) -> None:
+        print(f"\r{done:,} images looked at", end="", file=sys.stderr, flush=True)
+
+    try:
+        checked = look(source, size, progress if terminal else None)
+    finally:
+        if terminal:
+            print("\r\x1b[K", end="", file=sys.stderr)
+    for line in lines(checked):
+        print(line)
+    write_text(listed, "\n".join(lines(checked, None)) + "\n")
+    if checked.pictures:
+        write_sheet(checked, sheet)
+        print(f"contact sheet: {sheet}")
+    print(f"all findings: {listed}")
+    if checked.unusable:
+        raise UserError(*checked.unusable)
+    if strict and checked.found:
+        kinds = ", ".join(f"{len(entries):,} {kind}" for kind, entries in sorted(checked.findings.items()))
+        print(f"--strict: {kinds}", file=sys.stderr)
+        raise typer.Exit(1)

@@ -127,6 +127,11 @@ def resize(images: Pixels, size: int) -> Pixels:
     return out
 
 
+def resize_one(pixels: Pixels, size: int) -> Pixels:
+    """Pixels (H, W) or (H, W, 3) resized and cut to size x size, as :func:`decode` does."""
+    return _sized(pixels, size)
+
+
 def _length(content: bytes | Path | Pixels | None) -> int:
     """Bytes in memory."""
     return content.nbytes if isinstance(content, np.ndarray) else len(content) if isinstance(content, bytes) else 0

@@ -44,7 +44,8 @@ def look_at_data(source: str) -> DataFacts:
                 f"{closed[0]}: may not be read by this user ({len(closed):,} of {len(found.files):,} files)"
             )
         for file in found.files:
-            digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
+            name = os.path.relpath(file, root)
+            digest.update(f"{name}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
         _try(found)
     except (UserError, OSError, RuntimeError, ImportError) as error:
         return DataFacts(error=reason_of(error))

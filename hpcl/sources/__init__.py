@@ -141,7 +141,7 @@ def _file(path: Path, source: str) -> Source:
     if batches.starts_one(path, magic):
         return batches.look_at_file(path)
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        found = csv_rows.look_at_file(path, walk(path.parent))
+        found = csv_rows.look_at_file(path)
         if found is not None:
             return found
         raise DataError(

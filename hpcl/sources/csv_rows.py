@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hpcl.decode import Item
 from hpcl.files import read_some
-from hpcl.sources.source import SPLIT_CODES, DataError, Source, fingerprint, split_of
-from hpcl.sources.walk import IMAGE_ENDINGS, Tree
+from hpcl.sources.source import SPLIT_CODES, SPLITS, DataError, Source, fingerprint, split_of
+from hpcl.sources.walk import IMAGE_ENDINGS, Tree, walk
 
 _FILE = ("filename", "file_name", "file", "path", "image")
 _LABEL = ("label", "class")
 _KNOWN = {"labels", "label", "metadata", "annotations", "index", "images", "classes"}
 """Names of CSV files that describe the whole set; any other is one only where there is none of these."""
+_OF_LISTS = {"splits", "split", "lists", "csv", "labels", "annotations", "meta", "metadata"}
 _MOST = 2**30
 _MOST_HEAD = 2**16
 
@@ -36,6 +38,8 @@ class Row:
     label: Any
     coarse: Any
     split: int
+    name: str
+    """Its path below the source's folder."""
     where: str
     """The CSV file and line, for messages."""
 
@@ -60,15 +64,19 @@ def look(tree: Tree) -> Source | None:
     return _source(tree, tree.root, known or tables)
 
 
-def look_at_file(path: Path, tree: Tree) -> Source | None:
+def look_at_file(path: Path) -> Source | None:
     """One CSV file as a source, with the images below its folder; None if it has no column of file names.
+
+    Where that folder is called `splits` or the like, the images may lie beside it.
 
     Raises:
         DataError: it has one, but none of the files is there.
     """
     if _dialect(path) is None:
         return None
-    source = _source(tree, path, [path])
+    source = _source(walk(path.parent), path, [path])
+    if source is None and path.parent.name.lower() in _OF_LISTS:
+        source = _source(walk(path.parent.parent), path, [path])
     if source is None:
         raise DataError(
             f"data.source: {path} names no image that lies in {path.parent} or below; "
@@ -80,9 +88,8 @@ def look_at_file(path: Path, tree: Tree) -> Source | None:
 def items(source: Source) -> Iterator[Item]:
     """One item per row whose image is there, in the rows' order."""
     assert source.path is not None
-    root = source.path if source.path.is_dir() else source.path.parent
     for row in source.detail:
-        yield Item(row.path.relative_to(root).as_posix(), row.path, row.label, row.split, coarse=row.coarse)
+        yield Item(row.name, row.path, row.label, row.split, coarse=row.coarse)
 
 
 def _source(tree: Tree, path: Path, tables: list[Path]) -> Source | None:
@@ -100,7 +107,7 @@ def _source(tree: Tree, path: Path, tables: list[Path]) -> Source | None:
     ]
     others = tuple(tree.name(other) for other in tree.others if other not in tables)
     said = ", ".join(tree.name(table) for table in tables[:4]) + (f" and {len(tables) - 4} more" if tables[4:] else "")
-    notes = [f"taken as rows of {said}; names of folders say nothing then"] if path == tree.root else []
+    notes = [f"taken as the rows of {said}; names of folders say nothing then"] if path == tree.root else []
     if unnamed:
         notes.append(f"{len(unnamed):,} of {len(tree.images):,} image files are left out, as no row names them")
     used = [*tables, *sorted(rows.taken)]
@@ -122,7 +129,7 @@ class _Files:
     """The image files of a folder, by what a row may call them."""
 
     def __init__(self, tree: Tree) -> None:
-        self._tree = tree
+        self.tree = tree
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
         for path in tree.images:
@@ -142,18 +149,20 @@ class _Files:
         if not wanted.name:
             return "names no file"
         endless = wanted.suffix.lower() not in IMAGE_ENDINGS
-        same = self._by_name.get(wanted.name) or (self._by_stem.get(wanted.name) if endless else None) or []
+        same = self._by_name.get(wanted.name) or (self._by_stem.get(wanted.name) if endless else None)
+        if not same:
+            return "there is no such file"
         depth = len(wanted.parts) - 1
         folder = wanted.parts[:-1]
         found = [path for path in same if not depth or path.parent.parts[-depth:] == folder]
-        for start in (table.parent, table.parent / "images", self._tree.root, self._tree.root / "images"):
+        for start in (table.parent, table.parent / "images", self.tree.root, self.tree.root / "images"):
             exact = [path for path in found if path.parent == start.joinpath(*folder)]
             if len(exact) == 1:
                 return exact[0]
         if len(found) > 1:
             found = [path for path in found if label in path.parts] or found
         if len(found) > 1:
-            return f"may be any of {len(found):,} files, such as {self._tree.name(found[0])}; give more of its path"
+            return f"may be any of {len(found):,} files, such as {self.tree.name(found[0])}; give more of its path"
         return found[0] if found else "there is no such file"
 
 
@@ -196,15 +205,16 @@ def _take(tree: Tree, files: _Files, table: Path, rows: _Rows) -> None:
         raise DataError(f"data.source: {table} has more than {_MOST >> 30} GB, which no list of images has")
     reader = csv.reader(io.StringIO(_text(content), newline=""), delimiter=_dialect(table) or ",")
     columns = _names(next(reader, []))
-    of_table = split_of(tree.name(table))
+    called = tree.name(table)
+    of_table = split_of(called)
     by_path = of_table is None and "split" not in columns
     found: list[Row] = []
     try:
         for values in reader:
-            where = f"{tree.name(table)} line {reader.line_num}"
+            where = f"{called} line {reader.line_num}"
             row = _row(files, table, where, dict(zip(columns, values, strict=False)), of_table) if values else None
-            if isinstance(row, str):
-                rows.skipped.append((where, row))
+            if isinstance(row, tuple):
+                rows.skipped.append((f"{where} ({row[0][:200]})" if row[0] else where, row[1]))
             elif row is not None:
                 found.append(row)
     except csv.Error as error:
@@ -212,42 +222,43 @@ def _take(tree: Tree, files: _Files, table: Path, rows: _Rows) -> None:
             f"data.source: {table} line {reader.line_num} is no CSV ({error}); an open quotation mark?"
         ) from error
     if by_path:
-        found = _split_by_path(tree, found)
+        found = _split_by_path(found)
     for row in found:
         before = rows.taken.setdefault(row.path, row)
         if before is not row:
             same = (before.label, before.split, before.coarse) == (row.label, row.split, row.coarse)
-            says = "" if same else f" with label {before.label!r}, split {before.split}"
-            rows.skipped.append((row.where, f"{tree.name(row.path)} is named by {before.where} already{says}"))
+            says = "" if same else f", with label {before.label}, split {SPLITS[before.split]}"
+            rows.skipped.append((f"{row.where} ({tree.name(row.path)})", f"is named by {before.where} already{says}"))
 
 
-def _row(files: _Files, table: Path, where: str, values: dict[str, str], split: int | None) -> Row | str:
-    """What a row says, or why it is left out."""
-    if any("\udc80" <= letter <= "\udcff" for value in values.values() for letter in value):
-        return "is not UTF-8; save the file as UTF-8"
+def _row(files: _Files, table: Path, where: str, values: dict[str, str], split: int | None) -> Row | tuple[str, str]:
+    """What a row says, or the file it names and why it is left out."""
+    if any(not value.isascii() and re.search("[\udc80-\udcff]", value) for value in values.values()):
+        return "", "is not UTF-8; save the file as UTF-8"
     name = next((values[key].strip() for key in _FILE if values.get(key, "").strip()), "")
     if not name:
-        return "names no file"
+        return "", "names no file"
     label = next((values[key].strip() for key in _LABEL if key in values), "")
     path = files.find(name, table, label)
     if isinstance(path, str):
-        return f"{name[:200]}: {path}"
+        return name, path
     said = values.get("split", "").strip()
     if said and said.lower() not in SPLIT_CODES:
-        return f"{name[:200]}: has split {said[:50]!r}, but must have one of train, val, test"
+        return name, f"has split {said[:50]!r}, but must have one of train, val, test"
     code = SPLIT_CODES[said.lower()] if said else split
-    return Row(path, label or None, values.get("coarse_label", "").strip() or None, code or 0, where)
+    coarse = values.get("coarse_label", "").strip()
+    return Row(path, label or None, coarse or None, code or 0, files.tree.name(path), where)
 
 
-def _split_by_path(tree: Tree, rows: list[Row]) -> list[Row]:
+def _split_by_path(rows: list[Row]) -> list[Row]:
     """The rows with the split that a folder of each path is named for, if all have one."""
     codes = []
     for row in rows:
-        folders = PurePosixPath(tree.name(row.path)).parts[:-1]
+        folders = PurePosixPath(row.name).parts[:-1]
         codes.append(next((SPLIT_CODES[folder.lower()] for folder in folders if folder.lower() in SPLIT_CODES), None))
     if None in codes:
         return rows
-    return [Row(r.path, r.label, r.coarse, c or 0, r.where) for r, c in zip(rows, codes, strict=True)]
+    return [replace(row, split=code or 0) for row, code in zip(rows, codes, strict=True)]
 
 
 def _numbered(rows: list[Row]) -> list[Row]:
@@ -258,7 +269,7 @@ def _numbered(rows: list[Row]) -> list[Row]:
         return bool(said) and all(len(x) < 10 and x.isascii() and x.isdigit() and str(int(x)) == x for x in said)
 
     if are_numbers([row.label for row in rows]):
-        rows = [Row(r.path, None if r.label is None else int(r.label), r.coarse, r.split, r.where) for r in rows]
+        rows = [replace(row, label=None if row.label is None else int(row.label)) for row in rows]
     if are_numbers([row.coarse for row in rows]):
-        rows = [Row(r.path, r.label, None if r.coarse is None else int(r.coarse), r.split, r.where) for r in rows]
+        rows = [replace(row, coarse=None if row.coarse is None else int(row.coarse)) for row in rows]
     return rows
