@@ -251,7 +251,9 @@ def _by_class(classes: Any, count: int) -> list[Any]:
             raise Unreadable(f"has class {_text(name)[:80]!r} in `class_dict` without a list of places")
         for place in found:
             if type(place) is not int or not 0 <= place < count:
-                raise Unreadable(f"names image {place!r} of class {_text(name)[:80]!r}, but has {count:,} images")
+                raise Unreadable(
+                    f"names image {str(place)[:80]!r} of class {_text(name)[:80]!r}, but has {count:,} images"
+                )
             if labels[place] is not _NONE:
                 raise Unreadable(f"names image {place} twice in `class_dict`")
             labels[place] = name if type(name) is int else _text(name)

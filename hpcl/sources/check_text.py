@@ -10,6 +10,7 @@ from hpcl.sources.check import Checked, Finding
 from hpcl.sources.source import SPLITS
 
 _SHOWN = 3
+_TWIN = "as another image"
 MARK = "hpcl data check"
 """First words of the file, by which it is known as ours."""
 
@@ -48,12 +49,12 @@ def _grouped(entries: list[Finding]) -> dict[str, list[Finding]]:
     """The findings by reason, without its details, numbers and names; the most frequent first."""
     groups: dict[str, list[Finding]] = {}
     for where, what in entries:
-        key = re.sub(r"\d[\d,]*", "N", re.split(r"[;:(]|, |\bas [^ ]+\.|'", what, maxsplit=1)[0])
-        groups.setdefault(key.strip(), []).append((where, what))
+        key = re.sub(r"\d[\d,]*", "N", re.split(r"[;:(']|, ", what, maxsplit=1)[0]).strip()
+        groups.setdefault(_TWIN if what.startswith("as ") else key, []).append((where, what))
     named = {}
     for key, group in sorted(groups.items(), key=lambda pair: -len(pair[1])):
         same = len({what for _, what in group}) == 1
-        named[group[0][1] if same else key or group[0][1]] = group
+        named[group[0][1] if same and key != _TWIN else key or group[0][1]] = group
     return named
 
 

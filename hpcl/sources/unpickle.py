@@ -24,7 +24,7 @@ import numpy as np
 
 from hpcl.sources.stored import Array, Span, Unreadable
 
-MOST_OPERATIONS = 5_000_000
+MOST_OPERATIONS = 3_000_000
 """Steps of a pickle, at most: each makes an object of 100 bytes or so. A label takes one to three."""
 _KEPT = 2**16
 """Bytes of a string from which on it stays in the file."""
@@ -147,10 +147,10 @@ class _Machine:
     def _items(self) -> list[Any]:
         """What lies above the last mark."""
         at = len(self._stack) - 1
-        while self._stack[at] is not _MARK:
+        while at >= 0 and self._stack[at] is not _MARK:
             at -= 1
-            if at < 0:
-                raise Unreadable("is damaged: a mark is missing")
+        if at < 0:
+            raise Unreadable("is damaged: a mark is missing")
         found = self._stack[at + 1 :]
         del self._stack[at:]
         return found
