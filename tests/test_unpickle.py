@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = {
     "nothing": None,
     "numbers": [0, 1, -1, 255, 256, 65536, -(2**31), 2**40, -(2**70), 1.5, True, False],
     "texts": {"a": "b", "ü": "\u732b", "long": "x" * 300, "empty": ""},
-    "nested": {"x": [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), ()], 7: {}, b"bytes": b"\x00\xff"},
+    "nested": {"x": [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), ()], 7: {}, b"bytes": b"\x00\xff", b"": b""},
     "shared": [[1, 2]] * 3,
     "many": list(range(3000)),
 }
@@ -111,6 +111,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "numpy.memmap": (b"cnumpy\nmemmap\n(S'made'\nS'u1'\nS'w+'\ntR.", r"asks for numpy\.memmap"),
     "a submodule": (b"cnumpy.core.multiarray\nfromfile\n(S'x'\ntR.", r"asks for numpy\.core\.multiarray\.fromfile"),
     "a dotted name": (b"\x80\x04\x8c\x05numpy\x8c\x0cndarray.dump\x93.", r"asks for numpy\.ndarray\.dump"),
+    "bytes by number": (b"\x80\x02c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85R.", "no whole pickle"),
     "a subclass": (pickle.dumps(np.zeros(3).view(Sub)), r"asks for test_unpickle\.Sub"),
     "objects": (pickle.dumps({"data": np.array([os.getpid, 1], dtype=object)}), "dtype 'O8': arrays of Python objects"),
     "objects with a call": (pickle.dumps(np.array([Evil(Path("x"))], dtype=object), 2), r"asks for posix|dtype 'O8'"),

@@ -252,7 +252,7 @@ def _by_class(classes: Any, count: int) -> list[Any]:
         for place in found:
             if type(place) is not int or not 0 <= place < count:
                 raise Unreadable(
-                    f"names image {str(place)[:80]!r} of class {_text(name)[:80]!r}, but has {count:,} images"
+                    f"names image {str(place)[:80]} of class {_text(name)[:80]!r}, but has {count:,} images"
                 )
             if labels[place] is not _NONE:
                 raise Unreadable(f"names image {place} twice in `class_dict`")

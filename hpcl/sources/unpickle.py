@@ -33,10 +33,14 @@ _SPARE = 2**20
 """Bytes that may be decoded beyond the file's length."""
 
 _MARK = object()
-_MODULES = {"numpy._core.multiarray": "numpy.core.multiarray", "numpy._core.numeric": "numpy.core.numeric"}
+_MODULES = {
+    "numpy._core.multiarray": "numpy.core.multiarray",
+    "numpy._core.numeric": "numpy.core.numeric",
+    "__builtin__": "builtins",
+}
 _GLOBALS = {
     "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar", "numpy.core.numeric._frombuffer",
-    "numpy.ndarray", "numpy.dtype", "_codecs.encode",
+    "numpy.ndarray", "numpy.dtype", "_codecs.encode", "builtins.bytes",
 }  # fmt: skip
 
 
@@ -217,6 +221,9 @@ class _Machine:
         self._spend(len(text))
         return text.encode("latin-1")
 
+    def _no_bytes(self) -> bytes:
+        return b""  # protocols below 3 know no bytes: these are the empty ones, others a call of encode
+
     def _reconstruct(self, kind: Any, shape: Any, code: Any) -> Array:
         if type(kind) is not _Global or kind.name != "numpy.ndarray":
             raise Unreadable("builds an array of another class than numpy.ndarray")
@@ -298,6 +305,7 @@ class _Machine:
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _Machine._encode,
+    "builtins.bytes": _Machine._no_bytes,
     "numpy.core.multiarray._reconstruct": _Machine._reconstruct,
     "numpy.core.multiarray.scalar": _Machine._scalar,
     "numpy.core.numeric._frombuffer": _Machine._frombuffer,
