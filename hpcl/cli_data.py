@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
@@ -56,7 +56,7 @@ def check(
     from hpcl.sources.check_text import MARK, lines
     from hpcl.sources.sheet import write_sheet
 
-    sheet = out or Path(f"{Path(source).expanduser().resolve().stem or 'data'}_check.png")
+    sheet = out or Path(f"{PurePath(source).stem[:80] or 'data'}_check.png")
     if sheet.suffix.lower() != ".png":
         raise UserError(f"--out is {sheet}, but must end with .png")
     listed = sheet.with_suffix(".txt")
