@@ -240,6 +240,10 @@ class Search(Section):
     @classmethod
     def _known_curve(cls, value: str, info: ValidationInfo) -> str:
         known = CURVES if info.field_name == "metric" else ("auto", "linear", *OBJECTIVES, *CURVES)
+        if info.field_name == "objective" and value.endswith("@test"):
+            raise ValueError(
+                f"objective is {value}, but test images must not choose; make it {value.removesuffix('test')}val"
+            )
         if value not in known:
             raise ValueError(f"{value} is no curve{did_you_mean(value, known)} (there are: {', '.join(known)})")
         return value
