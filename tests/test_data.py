@@ -100,7 +100,7 @@ def test_second_load_decodes_nothing_and_maps_the_file(tmp_path: Path, monkeypat
     def decode(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(blocks, "decode", decode)
+    monkeypatch.setattr(blocks, "attempt", decode)
     before = pa.total_allocated_bytes()
     second = load(Data(source=root))
     assert pa.total_allocated_bytes() - before < second.images.nbytes / 10  # zero copy

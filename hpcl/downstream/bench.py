@@ -5,6 +5,8 @@ Legend: N images; n images of a part; F features; D embedding; Y classes.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +17,7 @@ from hpcl.augment import centre_view
 from hpcl.config import Config
 from hpcl.data import DeviceImages, Ids, ImageSet
 from hpcl.dist import World
+from hpcl.downstream.labels import label_list
 from hpcl.downstream.scores import Encoder
 from hpcl.features import EVAL_BATCH, FeaturePass
 from hpcl.model import Network, build_network
@@ -39,6 +42,7 @@ class Bench:
         split: Split = "test",
         state: dict[str, Any] | None = None,
         device_images: DeviceImages | None = None,
+        label_folder: Path | None = None,
     ) -> None:
         """
         Args:
@@ -49,9 +53,13 @@ class Bench:
             split: the part that is scored. With `val` nothing ever looks at test images.
             state: the checkpoint's content, for tasks about its prototypes.
             device_images: `images` on the device, where a caller holds them there already.
+            label_folder: where lists of labelled images are kept and read; None: they are drawn only.
         """
         self.config, self.images, self.world, self.split, self.state = config, images, world, split, state
         self.device_images = device_images or DeviceImages(images, world.device)
+        self.label_folder = label_folder
+        self.kept: dict[Hashable, Any] = {}
+        """What tasks made for this bench and share, such as a fine-tuned network; keys begin with the maker's name."""
         self._trained = network
         self._networks: dict[tuple[Encoder, int], Network] = {}
         self._features: dict[tuple[Encoder, int, Part], Tensor] = {}
@@ -68,6 +76,18 @@ class Bench:
         else:
             found = getattr(self.images, part)
         return found
+
+    def labelled(self, fraction: float, seed: int) -> Ids:
+        """Sorted places of the training images that count as labelled (:mod:`hpcl.downstream.labels`).
+
+        Raises:
+            UserError: there is a list for this fraction and seed in the folder, but not for these images.
+        """
+        key = ("labels", fraction, seed)
+        if key not in self.kept:
+            self.kept[key] = label_list(self.images, fraction, seed, self.label_folder)
+        ids: Ids = self.kept[key]
+        return ids
 
     def labels(self, part: Part) -> Tensor:
         """(n,) long on the device, 0..Y-1."""
