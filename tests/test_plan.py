@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,15 @@ import pytest
 from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import class_folders
 
+from hpcl.config import Data
+from hpcl.data import load
 from hpcl.errors import ConfigError
 from hpcl.search import space as spaces
 from hpcl.search.check import BACKBONES, backbone_problems
 from hpcl.search.expected import Measured, expected_work, survivors, trial_lengths
+from hpcl.search.images import foresee
 from hpcl.search.machine import local_node
 from hpcl.search.params import Resources
 from hpcl.search.plan import DRIVER_CPUS, Node, Plan, concurrency, describe_nodes, duration, make_plan, startup_trials
@@ -201,6 +206,7 @@ def test_the_plan_of_a_shipped_space() -> None:
         f"budget     16 trials, after about {plan.epochs_expected:.0f} epochs",
     ):
         assert part in text
+    assert "images     mnist5k, one mapped copy per machine, shared by all trials\n" in text
     assert plan_of(space, Node(64, 8)).concurrency.trials == 8
     one = plan_of(spaces.apply_overrides(space, ["search.max_concurrent=1", "search.startup=3"]), Node(64))
     assert (one.concurrency.trials, one.startup) == (1, 3)
@@ -368,3 +374,30 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert local_node(root=tmp_path).gpus == gpus
     assert local_node(assume_gpus=4, root=tmp_path).gpus == 4
+
+
+def test_the_plan_says_how_large_the_images_are_and_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCL_CACHE", str(tmp_path / "cache"))
+    root = class_folders(tmp_path / "set")
+    (root / "class0" / "000.png").write_text("broken")
+    space = spaces.load(SPACES / "clusters.yaml")
+
+    def line(data: Data, node: Node) -> str:
+        mine = replace(space, base=space.base.with_values({"data": data.model_dump()}))
+        plan = make_plan(mine, [node], cluster="here", folder=Path("r"), images=foresee(data))
+        return next(each for each in render(plan).splitlines() if each.startswith("images"))
+
+    copies = ", one mapped copy per machine, shared by all trials"
+    assert line(Data(), Node(2)) == f"images     mnist5k: 5,000 x 1x28x28 = 3.9 MB{copies}"
+    gpu = line(Data(size=32), Node(8, 1))
+    assert gpu.startswith("images     mnist5k: 5,000 x 1x32x32 = 5.1 MB")
+    assert gpu.endswith("; copied to the GPU if it fits half of its free memory, else streamed with prefetch")
+    data = Data(source=str(root), size=8)
+    assert line(data, Node(2)) == f"images     {root}: 30 x 3x8x8 = about 5.8 kB{copies}"
+    assert not (tmp_path / "cache").exists()  # nothing was converted
+    load(data)
+    assert line(data, Node(2)) == f"images     {root}: 29 x 3x8x8 = 5.6 kB{copies}"
+    assert foresee(Data(source="/no/such/place")) is None
+    assert line(Data(source="/no/such/place"), Node(2)) == f"images     /no/such/place{copies}"

@@ -92,7 +92,10 @@ def _foresee(data: Data) -> ImageFacts | None:
     for item in islice(sources.items(found), TRIED) if total else ():
         if item.content is None or item.problem is not None:
             continue
-        pixels = decode(item.content, side)
+        try:
+            pixels = decode(item.content, side)
+        except Exception:  # broken files make decoders raise almost anything
+            continue
         channels = 3 if pixels.ndim == 3 else 1
         return ImageFacts(count=total, shape=(channels, *pixels.shape[:2]), exact=False)
     return None
