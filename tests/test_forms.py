@@ -60,6 +60,11 @@ def test_nested_folders_without_classes_are_unlabelled(tmp_path: Path) -> None:
     assert seen(root) == {name: (None, 0) for name in ("a/3.png", "a/b/1.png", "a/b/c/2.png")}
 
 
+def test_a_few_images_in_a_folder_called_test_make_no_split(tmp_path: Path) -> None:
+    root = files(tmp_path / "set", "cat/1.png", "cat/2.png", "cat/test/3.png", "dog/1.png")
+    assert Counter(seen(root).values()) == {("cat", 0): 3, ("dog", 0): 1}
+
+
 def test_of_several_levels_the_first_is_the_class(tmp_path: Path) -> None:
     root = files(tmp_path / "set", "cat/tabby/1.png", "cat/manx/2.png", "dog/husky/3.png")
     assert {label for label, _ in seen(root).values()} == {"cat", "dog"}
@@ -204,6 +209,7 @@ def test_other_csv_files_are_other_files(tmp_path: Path) -> None:
     (root / "binary.csv").write_bytes(bytes(range(256)))
     found = sources.find(str(root))
     assert found.kind == "folder" and found.others == ("binary.csv", "numbers.csv", "results.csv")
+    assert found.notes == ("taken as folders of images: no row of results.csv names one of them",)
     (root / "labels.csv").write_text("path,label\nclass0/000.png,a\n")
     found = sources.find(str(root))  # a list by its name: the others are not asked
     assert found.kind == "csv" and found.others == ("binary.csv", "numbers.csv", "results.csv")

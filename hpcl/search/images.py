@@ -49,7 +49,8 @@ def look_at_data(source: str) -> DataFacts:
         _try(found)
     except (UserError, OSError, RuntimeError, ImportError) as error:
         return DataFacts(error=reason_of(error))
-    left_out = ": ".join(found.skipped[0]) if found.skipped else ""
+    barred = ("cannot be ", "link ", "not a regular")  # and no rows of a list whose images are not there
+    left_out = next((f"{where}: {reason}" for where, reason in found.skipped if reason.startswith(barred)), "")
     return DataFacts(files=len(found.files), digest=digest.hexdigest(), left_out=left_out)
 
 

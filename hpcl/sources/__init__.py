@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from hpcl.decode import Item
@@ -81,7 +82,7 @@ def find(source: str) -> Source:
     for look in _FORMS:
         found = look(tree)
         if found is not None:
-            return found
+            return replace(found, notes=csv_rows.note(tree)) if found.kind == "folder" else found
     packed = [file.name for file in tree.others if file.suffix.lower() in (".zip", ".tar", ".gz", ".tgz")]
     advice = f"unpack {packed[0]} and give its folder" if packed else f"give {KINDS}"
     raise DataError(

@@ -64,6 +64,13 @@ def look(tree: Tree) -> Source | None:
     return _source(tree, tree.root, known or tables)
 
 
+def note(tree: Tree) -> tuple[str, ...]:
+    """What to say of a folder with lists that name none of its images."""
+    lists = [tree.name(path) for path in tree.ending(".csv") if _dialect(path) is not None]
+    said = ", ".join(lists[:4]) + (f" and {len(lists) - 4} more" if lists[4:] else "")
+    return (f"taken as folders of images: no row of {said} names one of them",) if lists else ()
+
+
 def look_at_file(path: Path) -> Source | None:
     """One CSV file as a source, with the images below its folder; None if it has no column of file names.
 

@@ -28,7 +28,11 @@ def look(tree: Tree) -> Source | None:
     """The folder as a source of this kind, or None if it holds no image file."""
     if not tree.images:
         return None
-    holding = {folder.as_posix() for image in tree.images for folder in image.relative_to(tree.root).parents}
+    holding = {
+        folder.as_posix()
+        for parent in {image.parent for image in tree.images}
+        for folder in (parent.relative_to(tree.root), *parent.relative_to(tree.root).parents)
+    }
     lists = [path for path in tree.others if path.name == _ANNOTATIONS]
     others = [tree.name(path) for path in tree.others if path not in lists]
     empty = [name for name in tree.folders if name not in holding]
@@ -77,9 +81,13 @@ def items(source: Source) -> Iterator[Item]:
 
 
 def _split_level(above: list[tuple[str, ...]]) -> int | None:
-    """The first level all of whose names are names of splits."""
+    """The first level all of whose names are names of splits.
+
+    Below the first level at least half of the images must have it: a few in cat/test/ make no split of the others.
+    """
     for level in range(max((len(name) for name in above), default=0)):
-        if {name[level].lower() for name in above if len(name) > level} <= set(SPLIT_CODES):
+        names = [name[level].lower() for name in above if len(name) > level]
+        if set(names) <= set(SPLIT_CODES) and (level == 0 or 2 * len(names) >= len(above)):
             return level
     return None
 

@@ -27,6 +27,10 @@ KINDS = (
 """For messages."""
 
 
+_FORMS = b"2\0"
+"""Changes when the same files are understood otherwise than before."""
+
+
 class DataError(UserError):
     """The images cannot be used; each problem says where, what it is, what is needed and what to do."""
 
@@ -60,7 +64,7 @@ class Source:
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:
     """SHA-256 of the names, sizes and times of change of files below `root` (or of `root` itself)."""
-    digest = hashlib.sha256(str(root).encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(_FORMS + str(root).encode("utf-8", "surrogateescape"))
     for file in files:
         found = file.stat()
         name = str(file.relative_to(root)).encode("utf-8", "surrogateescape")
