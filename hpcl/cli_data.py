@@ -78,8 +78,8 @@ def check(
     write_text(listed, "\n".join(lines(checked, None)) + "\n")
     if checked.pictures:
         write_sheet(checked, sheet)
-        print(f"contact sheet: {sheet}")
-    print(f"all findings: {listed}")
+        print(harmless(f"contact sheet: {sheet}"))
+    print(harmless(f"all findings: {listed}"))
     if checked.unusable:
         raise UserError(*checked.unusable)
     if strict and checked.found:

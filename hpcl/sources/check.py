@@ -88,12 +88,12 @@ def check(source: str, size: int | None = None, progress: Callable[[int], None] 
     """
     try:
         found = find(source)
-    except (OSError, RuntimeError) as error:
+        if found.kind == "arrow":
+            raise DataError(f"data.source is {source}, which is decoded already; check the source it was made from")
+        check_tables(found)
+        return _Check(found, size).run(progress)
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, a disk that went away
         raise DataError(f"data.source is {source[:80]}, which cannot be read ({error}); give another") from error
-    if found.kind == "arrow":
-        raise DataError(f"data.source is {source}, which is decoded already; check the source that it was made from")
-    check_tables(found)
-    return _Check(found, size).run(progress)
 
 
 class _Check:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from hpcl.errors import harmless
 from hpcl.files import atomic_path
 from hpcl.sources.check import EACH, THUMB, Checked
 from hpcl.sources.check_text import MARK
@@ -38,7 +39,7 @@ def write_sheet(checked: Checked, path: Path) -> None:
     shown = f", {len(names)} of them shown" if checked.classes and len(names) < len(checked.classes) else ""
     cut = f"; cut to {checked.size}x{checked.size}" if checked.size else "; cut to squares"
     label = checked.source.path.name if checked.source.path else checked.source.kind
-    head = f"{label}: {images}, {classes}{shown}{cut}"
+    head = harmless(f"{label}: {images}, {classes}{shown}{cut}")
     if names == [""]:
         sheet = _paper(width, -(-len(checked.pictures[""]) // (_ACROSS * EACH)) * (THUMB + _GAP), head)
         for i, picture in enumerate(checked.pictures[""]):
