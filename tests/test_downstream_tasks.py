@@ -184,6 +184,34 @@ def test_test_images_are_scored_with_the_penalty_that_val_images_choose(encoder:
     assert found.value == pytest.approx(value, abs=0.01) and found.count == len(test)
 
 
+@pytest.mark.parametrize("case", ["test", "val", "test without val", "test with a val of other classes"])
+def test_only_val_images_choose_and_only_for_the_test_split(
+    case: str, unbroken: Run, digits: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    val = {"test without val": digits.val[:0], "test with a val of other classes": digits.novel_val}.get(
+        case, digits.val
+    )
+    split: Any = case.split()[0]
+    bench = bench_of(unbroken, dataclasses.replace(digits, val=val), split)
+    asked = []
+
+    def probe(*arguments: Any) -> float:
+        asked.append(arguments)
+        return 0.5
+
+    monkeypatch.setattr(linear, "linear_probe_accuracy", probe)
+    monkeypatch.setattr(linear, "logistic_probe_accuracy", probe)
+    linear.run(bench, ("untrained",), 2)
+    assert len(asked) == 2
+    for x, y, scored, truth, _, _, choosing in asked:
+        assert torch.equal(x, bench.features("untrained", "train", 2)) and torch.equal(y, bench.labels("train"))
+        assert torch.equal(scored, bench.features("untrained", split, 2)) and torch.equal(truth, bench.labels(split))
+        assert (choosing is not None) == (case == "test")
+        if choosing is not None:
+            assert torch.equal(choosing.features, bench.features("untrained", "val", 2))
+            assert torch.equal(choosing.labels, bench.labels("val"))
+
+
 def test_large_images_are_averaged_for_the_probe_alone(
     unbroken: Run, digits: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

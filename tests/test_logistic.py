@@ -171,6 +171,16 @@ def test_many_small_problems_equal_scikit_learn_one_by_one(shot: int, classes: i
         np.testing.assert_allclose(torch.softmax(ours, 1).numpy(), theirs.predict_proba(q.numpy()), atol=1e-6)
 
 
+def test_steps_that_overshoot_are_shortened() -> None:
+    """Far rows and a weak penalty, at which Newton's own steps run away."""
+    labels = torch.arange(3).repeat_interleave(4)
+    x = torch.randn(40, 12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
+    found = torch.softmax(logistic_by_products(x @ x.mT, x @ x.mT, labels, 3, 1e4), 2)
+    for i in (0, 23):  # the second is one that runs away
+        theirs = LogisticRegression(C=1e4, tol=1e-9, max_iter=100_000).fit(x[i].numpy(), labels.numpy())
+        np.testing.assert_allclose(found[i].numpy(), theirs.predict_proba(x[i].numpy()), atol=1e-4)
+
+
 def test_equal_rows_are_no_singular_problem() -> None:
     labels = torch.arange(3).repeat_interleave(2)
     products = torch.ones(1, 6, 6, dtype=torch.float64)

@@ -132,22 +132,20 @@ class Products:
         return (rows[:, columns].double() - self.mean[columns]) / self.scale[columns]
 
 
-def fit_wide(products: Products, labels: Tensor, num_classes: int, penalty: float) -> Ridge:
-    """What :func:`fit_ridge` gives, by an N x N system in place of F x F.
+def dual_factors(products: Products, labels: Tensor, num_classes: int, penalty: float) -> Tensor:
+    """(N, Y) factors of the training rows whose sum is the weight that :func:`fit_ridge` gives.
 
-    Exact, since ``(X'X + a I)^-1 X'Y = X' (XX' + a I)^-1 Y``: ridge regression in dual variables (Saunders, Gammerman &
-    Vovk, ICML 1998).
+    An N x N system in place of F x F, and exact, since ``(X'X + a I)^-1 X'Y = X' (XX' + a I)^-1 Y``: ridge regression
+    in dual variables (Saunders, Gammerman & Vovk, ICML 1998).
 
     Args:
         products: of the training rows.
         labels, num_classes, penalty: as of :func:`fit_ridge`.
     """
-    offset = _mean_sign(labels, num_classes)
-    targets = functional.one_hot(labels, num_classes).double() * 2.0 - 1.0 - offset
+    targets = functional.one_hot(labels, num_classes).double() * 2.0 - 1.0 - _mean_sign(labels, num_classes)
     ridge = products.gram.clone()
     ridge.diagonal().add_(penalty)
-    factors = torch.cholesky_solve(targets, torch.linalg.cholesky(ridge))
-    return Ridge(products.mean, products.scale, products.combine(factors), offset)
+    return torch.cholesky_solve(targets, torch.linalg.cholesky(ridge))
 
 
 def fit_ridge(features: Tensor, labels: Tensor, num_classes: int, penalty: float) -> Ridge:
@@ -163,7 +161,9 @@ def fit_ridge(features: Tensor, labels: Tensor, num_classes: int, penalty: float
         penalty: alpha > 0, not scaled by N.
     """
     if is_wide(features):
-        return fit_wide(Products(features), labels, num_classes, penalty)
+        products = Products(features)
+        weight = products.combine(dual_factors(products, labels, num_classes, penalty))
+        return Ridge(products.mean, products.scale, weight, _mean_sign(labels, num_classes))
     m = moments(features, labels, num_classes)
     ridge = m.gram + penalty * torch.eye(len(m.gram), dtype=torch.float64, device=m.gram.device)
     return Ridge(m.mean, m.scale, torch.cholesky_solve(m.cross, torch.linalg.cholesky(ridge)), m.offset)
@@ -178,8 +178,9 @@ def ridge_by_penalty(
     """
     if is_wide(features):
         products = Products(features)
+        between, offset = products.with_rows(rows), _mean_sign(labels, num_classes)
         for penalty in penalties:
-            yield penalty, fit_wide(products, labels, num_classes, penalty * len(features)).scores(rows)
+            yield penalty, between @ dual_factors(products, labels, num_classes, penalty * len(features)) + offset
         return
     m = moments(features, labels, num_classes)
     values, vectors = torch.linalg.eigh(m.gram)
