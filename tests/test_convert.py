@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pictures import class_folders, png, problem_of, random_pixels, save, table
+from PIL import Image, ImageOps
 
 from hpcl import sources
 from hpcl.cli import main
@@ -164,6 +165,24 @@ def test_several_sizes_are_told_without_looking_at_all_images(tmp_path: Path, mo
     said = problem_of(Data(source=str(root)))
     assert "the first 21 images have 2 sizes: 12x12 (20, e.g. class0/000.png), 12x13 (1, e.g. class0/000a.png)" in said
     assert len(seen) < 60
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """A smooth picture, as photographs are."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [127 + 120 * np.sin(x / width * a) * np.cos(y / height * b) for a, b in ((9, 4), (5, 11), (14, 2))]
+    return Image.fromarray(np.dstack(waves).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("height", "width", "halved"), [(480, 640, True), (640, 480, True), (150, 200, False)])
+def test_large_photographs_are_halved_by_their_decoder(height: int, width: int, halved: bool, tmp_path: Path) -> None:
+    file = save(tmp_path / "a.jpg", photograph(height, width), quality=90)
+    with Image.open(file) as opened:
+        whole = np.asarray(ImageOps.fit(opened, (64, 64), method=Image.Resampling.BICUBIC)).astype(int)
+    off = np.abs(decode(file, 64) - whole)
+    assert (0 < off.mean() < 1 and off.max() < 12) if halved else off.max() == 0
+    assert (decode(file, 64) == decode(file.read_bytes(), 64)).all()
+    assert decode(file, None).shape == (height, width, 3)
 
 
 # --- cut off -----------------------------------------------------------------------
