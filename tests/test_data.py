@@ -210,7 +210,9 @@ def test_batches_on_the_cpu_follow_the_ids(tmp_path: Path) -> None:
 def test_batches_on_a_gpu_whether_or_not_all_images_fit(tmp_path: Path, share: float) -> None:
     found = load(Data(source=str(class_folders(tmp_path / "set"))))
     images = DeviceImages(found, "cuda", share=share)
-    assert images.resident == (share > 0)
+    assert images.resident == (share > 0) and images.prefetches == (share == 0)
+    assert images.describe().startswith("images on the GPU" if share else "images streamed from the mapped file")
     for ids in (torch.tensor([7, 0, 7, 29]), torch.tensor([7, 0, 7, 29]).cuda()):
+        images.prefetch(ids)
         batch = images.batch(ids)
         assert batch.is_cuda and (batch.cpu().numpy() == found.images[ids.cpu().numpy()]).all()

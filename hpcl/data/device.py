@@ -40,6 +40,8 @@ class DeviceImages:
         self, data: ImageSet, device: torch.device | str, *, share: float = 0.5, ahead: bool | None = None
     ) -> None:
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # a thread may have another current device
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.mean, self.std = (torch.from_numpy(values).to(self.device) for values in (data.mean, data.std))
         """(C,) of the training images, as :attr:`ImageSet.mean` and `std`, on the device."""
         self._map = data.images
