@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,8 +22,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hpcl import sources
 from hpcl.data.blocks import Block, OtherSize, decoded
@@ -175,7 +173,7 @@ class _Given:
 def _given(source: Source) -> _Given:
     if source.kind != "arrow":
         names, coarse = sources.class_names(source), sources.coarse_names(source)
-        return _Given(sources.items(source), names, coarse, source.skipped, source.other_files, count_images(source))
+        return _Given(sources.items(source), names, coarse, source.skipped, source.other_files, sources.count(source))
     stored = open_arrow(source)
     content = stored.content
     return _Given(
@@ -194,16 +192,6 @@ def _stored_items(stored: Stored) -> Iterator[Item]:
         label, coarse = (None if ids is None else int(ids[i]) for ids in (content.labels, content.coarse))
         whole = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
         yield Item(f"image {i}", whole, label, int(content.split[i]), coarse=coarse)
-
-
-def count_images(source: Source) -> int | None:
-    """Images of a source, also those that cannot be decoded; None where only reading it tells."""
-    if source.kind == "folder":
-        return len(source.files)
-    if source.kind == "parquet":
-        with suppress(pa.ArrowException, OSError):
-            return sum(int(pq.read_metadata(file).num_rows) for file in source.files)
-    return 5000 if source.kind == "mnist5k" else None
 
 
 # ---------------------------------------------------------------- decoding

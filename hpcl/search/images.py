@@ -74,7 +74,6 @@ def _foresee(data: Data) -> ImageFacts | None:
     if data.source == "mnist5k":  # known without numpy and pyarrow, so that the plan is there at once
         return ImageFacts(count=5000, shape=(1, data.size or 28, data.size or 28), exact=True)
     from hpcl import sources
-    from hpcl.data.convert import count_images
     from hpcl.data.image_set import cache_file
     from hpcl.data.store import Stored
     from hpcl.decode import decode
@@ -89,7 +88,7 @@ def _foresee(data: Data) -> ImageFacts | None:
     stored = Stored.open(cache_file(found, side, cache_folder()))
     if stored is not None and stored.holds(str(found.path or found.kind), found.fingerprint, side):
         return ImageFacts(count=len(stored.images), shape=stored.images.shape[1:], exact=True)
-    total = count_images(found)
+    total = sources.count(found)
     for item in islice(sources.items(found), TRIED) if total else ():
         if item.content is None or item.problem is not None:
             continue

@@ -29,7 +29,7 @@ from hpcl.sources.source import KINDS, SPLITS, DataError, Source, fingerprint
 from hpcl.sources.walk import Tree, walk
 
 __all__ = [
-    "SPLITS", "DataError", "Source", "check_tables", "class_names", "coarse_names", "find", "items",
+    "SPLITS", "DataError", "Source", "check_tables", "class_names", "coarse_names", "count", "find", "items",
 ]  # fmt: skip
 
 _FORMS: tuple[Callable[[Tree], Source | None], ...] = (
@@ -99,6 +99,19 @@ def items(source: Source) -> Iterator[Item]:
     """
     read_one_by_one: Callable[[Source], Iterator[Item]] = _ITEMS[source.kind]
     return read_one_by_one(source)
+
+
+def count(source: Source) -> int | None:
+    """Images of a source, also those that cannot be decoded; None where only reading it tells."""
+    if source.kind in ("csv", "voc"):
+        return len(source.detail)
+    if source.kind == "npz":
+        return sum(int(each.images.shape[0]) for each in source.detail)
+    if source.kind == "pickle":
+        return sum(int(batch.images.shape[0]) for batch in source.detail.batches)
+    if source.kind == "parquet":
+        return parquet.count_rows(source)
+    return {"folder": len(source.files), "mnist5k": mnist.COUNT}.get(source.kind)
 
 
 def class_names(source: Source) -> tuple[str, ...] | None:

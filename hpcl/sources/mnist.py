@@ -10,6 +10,7 @@ from hpcl.decode import Item
 from hpcl.sources.source import DataError, Source
 
 CLASSES = tuple(str(digit) for digit in range(10))
+COUNT = 5000
 
 
 def items(source: Source) -> Iterator[Item]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,10 @@ def _checked_columns(schema: pa.Schema, file: Path) -> _Columns:
     if not any(test(content) for test in is_bytes):
         raise DataError(f"data.source: {file} has column `{name}` of type {kind}, but it must hold encoded image bytes")
     return _Columns(name, first("label", "fine_label"), first("coarse_label"), first("split"))
+
+
+def count_rows(source: Source) -> int | None:
+    """Rows of all tables; None where one cannot be read."""
+    with suppress(pa.ArrowException, OSError):
+        return sum(int(pq.read_metadata(file).num_rows) for file in source.files)
+    return None
