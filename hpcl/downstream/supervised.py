@@ -53,11 +53,11 @@ class Classifier(nn.Module):
             if isinstance(module, SplitBatchNorm2d):
                 module.splits = 1  # they keep keys from being told by their batch; there are no keys here
         self.head, width = head_start(self.network, head_layers if head_in_use else min(head_layers, 1), head_in_use)
-        # without drawing from torch's global generator the weights that zeros replace
-        device = next(self.network.parameters()).device
-        self.out = nn.utils.skip_init(nn.Linear, width, num_classes, device=device)
+        with torch.random.fork_rng(devices=[]):  # the weights that zeros replace are drawn from the global generator
+            self.out = nn.Linear(width, num_classes)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self.out.to(next(self.network.parameters()).device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, C, H, W) -> (b, Y) logits."""
