@@ -9,7 +9,8 @@ Purposes in use: init (weights), order (of images in an epoch), step and in it v
 shuffle, negatives and key- and query-layers (dropout), queue (first keys), cluster, reference and fixed-views (meters),
 probe and probe-split (linear probe), untrained, episodes and k-means (downstream tasks), downstream-order, -views and
 -layers (training by labels), labels and label-classes (lists of labelled images), student and small-student, sgan,
-sgan-labelled, -unlabelled, -views and -noise, data-test, data-val, data-subset and data-novel (splits); in a search
+sgan-labelled, -unlabelled, -views and -noise, voc-shots (images with few labels), detection-init, -order, -flip and
+-sample (of a detector), data-test, data-val, data-subset and data-novel (splits); in a search
 sampler (a trial's draw), bracket (of ASHA) and monitor (permutations).
 """
 

@@ -17,6 +17,9 @@ Box = tuple[str, tuple[float, float, float, float], dict[str, int]]
 """Name, (xmin, ymin, xmax, ymax) as VOC counts, flags."""
 
 
+SIDE = 32
+
+
 @cache
 def digits() -> ImageSet:
     return load(Data())
@@ -50,19 +53,19 @@ def write_voc(
 def canvas(
     rng: np.random.Generator, height: int, width: int, classes: Sequence[int], most: int, colour: bool
 ) -> tuple[np.ndarray[Any, Any], list[Box]]:
-    """A noisy canvas with 1 to `most` digits of these classes, one and a half times their size, and tight boxes."""
+    """A noisy canvas with 1 to `most` digits of these classes, SIDE pixels each, and tight boxes."""
     data = digits()
     assert data.labels is not None
     shape = (height, width, 3) if colour else (height, width)
     pixels = rng.integers(0, 60, shape, dtype=np.uint8)
     boxes: list[Box] = []
-    slots = rng.permutation(width // 42)[: rng.integers(1, most + 1)]
+    slots = rng.permutation(width // SIDE)[: rng.integers(1, most + 1)]
     for slot in slots:
         label = int(rng.choice(classes))
         image = data.images[rng.choice(np.flatnonzero(data.labels == label)), 0]
-        digit = np.asarray(Image.fromarray(image).resize((42, 42), Image.Resampling.BILINEAR))
-        x, y = 42 * int(slot), int(rng.integers(0, height - 42 + 1))
-        window = pixels[y : y + 42, x : x + 42]
+        digit = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+        x, y = SIDE * int(slot), int(rng.integers(0, height - SIDE + 1))
+        window = pixels[y : y + SIDE, x : x + SIDE]
         np.maximum(window, digit[..., None] if colour else digit, out=window)
         rows, columns = (np.flatnonzero((digit > 80).any(axis)) for axis in (1, 0))
         x1, y1, x2, y2 = (int(v) for v in (x + columns[0], y + rows[0], x + columns[-1], y + rows[-1]))
@@ -76,7 +79,7 @@ def digit_folder(
     *,
     seed: int = 0,
     classes: Sequence[int] = (0, 1, 4),
-    size: tuple[int, int] = (64, 84),
+    size: tuple[int, int] = (48, 96),
     most: int = 2,
     colour: bool = True,
 ) -> Path:
