@@ -52,7 +52,7 @@ def test_pixels_and_networks_of_gray_and_colour(tiny: Config, canvases: VocData)
     for images in (digits(), colour(digits())):
         bench = bench_of(tiny, images)
         assert refusal(bench, canvases) is None
-        scores = run(bench, encoders, 0, canvases, protocol=FEW)
+        scores = run(bench, encoders, 0, canvases, size=20, protocol=FEW)
         assert [(s.encoder, s.setting, s.measure) for s in scores] == [
             (encoder, setting, f"mAP ({form})")
             for encoder in encoders[:3]
@@ -64,7 +64,7 @@ def test_pixels_and_networks_of_gray_and_colour(tiny: Config, canvases: VocData)
         )
         chance = (canvases.presence[canvases.parts["test"]] == 1).mean()  # of any ranking, about
         assert all(s.value > chance + 0.1 for s in scores if s.setting == "all labels")
-    assert scores[:6] == run(bench, ["trained"], 0, canvases, protocol=FEW)
+    assert scores[:6] == run(bench, ["trained"], 0, canvases, size=20, protocol=FEW)
 
 
 def test_all_labels_equals_scikit_learns_grid_search(tiny: Config, canvases: VocData) -> None:
