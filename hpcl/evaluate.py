@@ -67,7 +67,7 @@ def evaluate(
         UserError: a checkpoint, the images or the table do not fit.
     """
     rows_before(out)  # unreadable? then before anything is measured
-    benches = _benches(checkpoints, data, split)
+    benches = _benches(checkpoints, data, split, out.parent / "labels")
     given = read_voc(voc) if voc is not None and set(names) & set(VOC_TASKS) else None
     say(benches[0].images.describe())
     if given is not None:
@@ -90,8 +90,8 @@ def evaluate(
     return rows, left_out
 
 
-def _benches(checkpoints: Sequence[Path], data: str | None, split: Split) -> list[Bench]:
-    """A bench of each checkpoint.
+def _benches(checkpoints: Sequence[Path], data: str | None, split: Split, label_folder: Path) -> list[Bench]:
+    """A bench of each checkpoint; which images are labelled is kept in `label_folder`.
 
     Raises:
         UserError: a checkpoint is none, is another configuration's, or does not fit the images.
@@ -112,7 +112,8 @@ def _benches(checkpoints: Sequence[Path], data: str | None, split: Split) -> lis
         if images.images.shape[1] != channels:
             raise UserError(f"{images.source}: has {images.images.shape[1]} channels, but the network takes {channels}")
         world = current_world("cpu" if config.runtime.device == "cpu" else "auto")
-        benches.append(Bench(config, network.to(world.device), images, world, split=split, state=state))
+        network.to(world.device)
+        benches.append(Bench(config, network, images, world, split=split, state=state, label_folder=label_folder))
     return benches
 
 

@@ -227,10 +227,10 @@ def test_what_cannot_be_measured_is_said() -> None:
     assert finetune.refusal(digits()) is None
     assert distill.refusal(digits()) is None
     cases = {
-        "has no labels; give images in class folders": replace(images, labels=None),
-        "there are no val images; raise data.val_fraction": replace(images, val=images.val[:0]),
-        "the training images are all of 1 class": replace(images, labels=np.zeros_like(images.labels)),
-        "no val image is of a class that has training images": replace(
+        "has no labels, which training by few labels needs": replace(images, labels=None),
+        "has no val images, which training by few labels is scored on": replace(images, val=images.val[:0]),
+        "1 class has training images, but training by few labels needs 2": replace(images, labels=np.zeros_like(images.labels)),
+        "no class of its val images has training images": replace(
             images, labels=np.where(np.isin(np.arange(5000), images.val), 9, images.labels % 9)
         ),
     }

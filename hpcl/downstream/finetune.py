@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
+from hpcl.downstream import refusals
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.labels import FRACTIONS, percent
 from hpcl.downstream.recipes import FINE_TUNE, FROM_SCRATCH, Recipe
@@ -33,19 +34,7 @@ _Rows = npt.NDArray[np.float64]
 
 def refusal(bench: Bench) -> str | None:
     """Why nothing can be measured, with what to do; None if it can."""
-    if bench.images.labels is None:
-        return f"{bench.images.source} has no labels; give images in class folders, or Parquet with a column label"
-    scored, known = bench.ids(bench.split), np.unique(bench.images.labels[bench.ids("train")])
-    if not len(scored):
-        return f"there are no {bench.split} images; raise data.{bench.split}_fraction, or score another split"
-    if len(known) < 2:
-        return f"the training images are all of {len(known)} class, but there must be two; give other images"
-    if not np.isin(bench.images.labels[scored], known).any():
-        return (
-            f"no {bench.split} image is of a class that has training images (a split by class); take the task "
-            "few-shot, or images that are split one by one"
-        )
-    return None
+    return refusals.without_known_classes(bench, "training by few labels")
 
 
 def asked(encoders: Sequence[Encoder], known: Sequence[Encoder]) -> list[Encoder]:

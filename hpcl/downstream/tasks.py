@@ -32,13 +32,7 @@ def _of(task: str, function: str) -> Callable[..., Any]:
 def refusal(task: str, bench: Bench, voc: VocData | None = None) -> str | None:
     """Why a task can't be measured on these images, and what to do about it; None where it can."""
     ask: Callable[..., str | None] = _of(task, "refusal")
-    if task in VOC_TASKS:
-        return ask(bench, voc)
-    if bench.images.labels is None:
-        return "the images have no labels; give labelled ones with --data"
-    if not len(bench.ids(bench.split)):
-        return f"there are no {bench.split} images"
-    return ask(bench)
+    return ask(bench, voc) if task in VOC_TASKS else ask(bench)
 
 
 def run(task: str, bench: Bench, encoders: Sequence[Encoder], seed: int, voc: VocData | None = None) -> list[Score]:
