@@ -82,6 +82,8 @@ def evaluate(
         started, new = time.perf_counter(), []
         for number, (checkpoint, bench) in enumerate(zip(checkpoints, benches, strict=True)):
             encoders: tuple[Encoder, ...] = ("trained", *(BASELINES if baselines and number == 0 else ()))
+            if bench.images.labels is None:  # the tasks on a folder in VOC form do without
+                encoders = tuple(encoder for encoder in encoders if encoder != "supervised")
             for seed in range(seeds):
                 new += _measured(name, bench, encoders, seed, given, checkpoint)
         append(out, new)
