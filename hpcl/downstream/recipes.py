@@ -72,7 +72,7 @@ class SganRecipe:
     """Largest learning rate of both networks; falls to 0 in the last half."""
     latent: int = 64
     """Numbers that the generator starts from."""
-    width: int = 8
+    width: int = 16
     """Channels of the discriminator's first layer (then twice, four, eight times)."""
     dropout: float = 0.25
     """Part of the discriminator's channels that is left out, as in the notes."""
