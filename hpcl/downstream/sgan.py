@@ -27,12 +27,9 @@ from hpcl.downstream.supervised import augmented, endless, seed_layers
 from hpcl.features import EVAL_BATCH
 from hpcl.rng import generator, seed_of
 
-__all__ = ["BASELINE_ONLY", "TASK", "refusal", "run", "train_sgan"]
+__all__ = ["TASK", "refusal", "run", "train_sgan"]
 
 TASK = "sgan"
-
-BASELINE_ONLY = "task sgan trains a network of its own and says nothing of the trained one; take another as objective"
-"""Why ``run`` gives nothing where `trained` alone is asked for."""
 
 _SETTLING = 20
 """Batches of training images, at most, that BatchNorm's statistics are taken from in the end."""
