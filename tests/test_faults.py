@@ -119,6 +119,7 @@ def test_a_trial_of_a_killed_raylet_goes_on_at_the_other(cluster: Any, search: A
     assert not raylets.alive(note["pid"])
 
 
+@pytest.mark.slow
 def test_trials_at_a_time_follow_the_machines(cluster: Any, search: Any) -> None:
     running = search(trials=6, epochs=200, more="max_concurrent: auto, grace: null")
     running.until(lambda: len(running.running()) == 2, "two trials, one a machine")

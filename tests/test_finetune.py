@@ -156,12 +156,12 @@ def test_scores_in_order_and_each_learns_digits() -> None:
     short = replace(FINE_TUNE, steps=50, batch=32, least_epochs=0, head_layers=0)
     scores = finetune.run(bench, ("untrained", "trained", "supervised", "pixels", "sgan"), 0, short, short)
     assert [(s.encoder, s.setting) for s in scores] == [
-        (e, f"{p} % of labels") for e in ("supervised", "trained", "pixels") for p in (1, 10)
+        (e, f"{p} %") for e in ("supervised", "trained", "pixels") for p in (1, 10)
     ]
     assert {(s.task, s.measure, s.count, s.seed) for s in scores} == {("finetune", "accuracy", 450, 0)}
     assert all(s.value > 0.2 for s in scores)  # chance is 0.1
     assert scores[-1].value > scores[-2].value + 0.1  # ten times the labels
-    assert next(s for s in scores if s.encoder == "trained").setting == "1 % of labels"
+    assert next(s for s in scores if s.encoder == "trained").setting == "1 %"
 
 
 def test_the_same_by_seed_and_trained_once_per_bench(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,9 @@ def test_what_cannot_be_measured_is_said() -> None:
     cases = {
         "has no labels, which training by few labels needs": replace(images, labels=None),
         "has no val images, which training by few labels is scored on": replace(images, val=images.val[:0]),
-        "1 class has training images, but training by few labels needs 2": replace(images, labels=np.zeros_like(images.labels)),
+        "1 class has training images, but training by few labels needs 2": replace(
+            images, labels=np.zeros_like(images.labels)
+        ),
         "no class of its val images has training images": replace(
             images, labels=np.where(np.isin(np.arange(5000), images.val), 9, images.labels % 9)
         ),
@@ -294,8 +296,8 @@ def test_students_learn_from_the_teacher_alone() -> None:
     learner = replace(DISTILL, steps=100, batch=64, least_epochs=0, head_layers=0)
     scores = distill.run(bench, ("trained", "pixels"), 0, learner, short, short)
     assert [(s.encoder, s.setting) for s in scores] == [
-        ("trained", "self, 10 % of labels"),
-        ("trained", "smaller (convnet, width 4), 10 % of labels"),
+        ("trained", "self, 10 %"),
+        ("trained", "smaller (convnet, width 4), 10 %"),
     ]
     assert all(s.value > 0.25 for s in scores)  # chance is 0.1
     teacher = finetune.teacher(bench, "trained", 0.1, 0, short, short)

@@ -124,8 +124,8 @@ def test_it_learns_digits_and_is_the_same_by_seed(form: str) -> None:
     scores = sgan.run(bench, ("trained", "pixels"), 0, recipe)
     end = "" if form == "two_head" else ", k_logit"
     assert [(s.encoder, s.setting) for s in scores] == [
-        ("sgan", f"1 % of labels{end}"),
-        ("sgan", f"10 % of labels{end}"),
+        ("sgan", f"1 %{end}"),
+        ("sgan", f"10 %{end}"),
     ]
     assert scores[1].value > 0.2  # chance is 0.1
     assert {s.count for s in scores} == {450}

@@ -144,7 +144,7 @@ def test_a_search_in_a_store_goes_on_from_another_machine(server: Server, tmp_pa
     first.process.kill()
     first.end()
     assert drop_newest_rows(folder) >= 3
-    code, said = Driver(tmp_path, uri).end()
+    code, said = Driver(tmp_path, uri, pause=0.02).end()
     assert code == 0, said
     assert f"going on with {at(uri, 'mine')}: " in said and "Traceback" not in said
     check_whole(folder)

@@ -39,10 +39,10 @@ class Value:
 
     @property
     def text(self) -> str:
-        """Such as ``0.8933``, ``0.893 ± 0.012`` (sd), or ``0.612 [± 0.004]`` (interval over episodes)."""
+        """Such as ``.893``, ``.893 ± .012`` (sd), or ``.612 [± .004]`` (interval over episodes)."""
         if self.ci95 is not None:
-            return f"{self.mean:.4f} [± {self.ci95:.4f}]"
-        return f"{self.mean:.4f}" if self.sd is None else f"{self.mean:.4f} ± {self.sd:.4f}"
+            return f"{_short(self.mean)} [± {_short(self.ci95)}]"
+        return _short(self.mean) if self.sd is None else f"{_short(self.mean)} ± {_short(self.sd)}"
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Difference:
 
     @property
     def text(self) -> str:
-        """Such as ``+0.102 [+0.071, +0.133]``."""
-        known = "" if self.low is None or self.high is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
-        return f"{self.value:+.4f}{known}{'' if self.against == 'untrained' else f' ({self.against})'}"
+        """Such as ``+.102 [+.071, +.133]``."""
+        known = "" if self.low is None or self.high is None else f" [{_signed(self.low)}, {_signed(self.high)}]"
+        return f"{_signed(self.value)}{known}{'' if self.against == 'untrained' else f' ({self.against})'}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def grid(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table, a column per encoder that was measured."""
     shown = [name for name in COLUMNS if any(name in line.values for line in found)]
     gains = any(line.gain for line in found)
-    head = ["task", "setting", "measure", *shown, *(["trained - untrained [95 %]"] if gains else [])]
+    head = ["task", "setting", "measure", *shown, *(["over untrained [95 %]"] if gains else [])]
     cells = [
         [
             line.task,
@@ -153,9 +153,23 @@ def grid(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(found: Sequence[Line]) -> str:
-    """The lines as text, and what the figures mean below."""
+    """The lines as text, those of a task below its name, and what the figures mean."""
     head, cells = grid(found)
-    return "\n".join([*aligned([head, *cells]), "", *NOTES])
+    rows: list[list[str]] = [["", *head[3:]]]
+    for line, (task, setting, measure, *values) in zip(found, cells, strict=True):
+        if not any(row[0] == task for row in rows):
+            rows.append([task, *([""] * len(values))])
+        rows.append([f"  {setting}{'' if line.measure == 'accuracy' else f': {measure}'}", *values])
+    return "\n".join([*aligned(rows), "", *NOTES])
+
+
+def _short(value: float) -> str:
+    """Three decimals without the zero before the point."""
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:+.3f}"
 
 
 def main(checkpoints: Sequence[Path], names: Sequence[str], out: Path, **options: Any) -> None:

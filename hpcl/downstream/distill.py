@@ -103,7 +103,7 @@ def run(
         ).to(bench.world.device)
         for kind, start in (("self", alike), (f"smaller ({name})", small)):
             student = distil(bench, taught_by, start, recipe, seed)
-            setting = f"{kind}, {percent(FRACTION)} of labels"
+            setting = f"{kind}, {percent(FRACTION)}"
             value, count = accuracy(bench, student), len(bench.ids(bench.split))
             scores.append(Score(TASK, setting, "accuracy", encoder, seed, value, count))
     return scores

@@ -66,7 +66,7 @@ def run(
                 value = pixel_accuracy(bench, fraction, seed)
             else:
                 value = accuracy(bench, teacher(bench, encoder, fraction, seed, fine_tune, from_scratch))
-            setting = f"{percent(fraction)} of labels"
+            setting = percent(fraction)
             scores.append(Score(TASK, setting, "accuracy", encoder, seed, value, len(bench.ids(bench.split))))
     return scores
 

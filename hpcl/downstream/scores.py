@@ -26,7 +26,7 @@ class Score:
     task: str
     """Name of the task, such as `linear`."""
     setting: str
-    """What of it, such as `1 % of labels` or `5-way 1-shot, centroid`."""
+    """What of it, such as `1 %` (of the labels) or `5-way 1-shot, nearest centroid`."""
     measure: str
     """`accuracy`, `AMI`, `mAP (11-point)`, ..."""
     encoder: Encoder

@@ -52,7 +52,7 @@ def run(bench: Bench, encoders: Sequence[Encoder], seed: int, recipe: SganRecipe
     for fraction in FRACTIONS:
         discriminator, _ = train_sgan(bench, bench.labelled(fraction, seed), recipe, seed)
         value = float((classes_of(bench, discriminator, ids) == labels).double().mean())
-        scores.append(Score(TASK, f"{percent(fraction)} of labels{kind}", "accuracy", "sgan", seed, value, len(ids)))
+        scores.append(Score(TASK, f"{percent(fraction)}{kind}", "accuracy", "sgan", seed, value, len(ids)))
     return scores
 
 

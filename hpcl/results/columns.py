@@ -104,7 +104,7 @@ RETRAIN_COLUMNS: tuple[Column, ...] = (
 
 DOWNSTREAM_COLUMNS: tuple[Column, ...] = (
     Column("task", "string", "", "knn, linear, fewshot, finetune, distill, sgan, clusters, voc or detection"),
-    Column("setting", "string", "", "what of the task, such as `1 % of labels`"),
+    Column("setting", "string", "", "what of the task, such as `1 %` of the labels"),
     Column("measure", "string", "", "accuracy, AMI, ARI, purity, mAP (11-point), mAP (all-point) or AP50"),
     Column("encoder", "string", "", "trained, or what it is compared with: untrained, pixels, supervised, sgan"),
     Column("seed", "int64", "", "of the task: label lists, episodes, random starts"),
