@@ -27,7 +27,7 @@ KINDS = (
 """For messages."""
 
 
-_FORMS = b"2\0"
+_FORMS = b"3\0"
 """Changes when the same files are understood otherwise than before."""
 
 
