@@ -355,7 +355,7 @@ class Trainer:
         if self.objective in OBJECTIVES:
             bench = Bench(
                 self.config, self.pair.query, self.data, self.world, split="val", device_images=self._images,
-                state=self._state(),
+                state=self._state() | {"rows": [*self.rows, row]},
             )  # fmt: skip
             return task_objective(self.objective, bench)
         value: float | None = row.get(self.objective) if self.objective else None

@@ -53,6 +53,16 @@ def test_the_same_value_from_every_seed_has_no_spread_but_that_of_its_images() -
     assert math.isclose(line.gain.value - line.gain.low, half, rel_tol=1e-6)
 
 
+def test_seeds_of_one_checkpoint_are_not_taken_for_checkpoints() -> None:
+    """kNN draws nothing: three seeds of a checkpoint give one value, and tell nothing of other checkpoints."""
+    rows = [row("trained", v, s, count=10**12, checkpoint_hash=f"{v}") for v in (0.8, 0.82, 0.84) for s in range(3)]
+    rows += [row("untrained", 0.5, s, count=10**12, checkpoint_hash="0.8") for s in range(3)]
+    (line,) = lines(rows)
+    assert line.gain is not None and line.gain.low is not None
+    half = stats.t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
+    assert math.isclose(line.gain.value - line.gain.low, half, rel_tol=1e-5)
+
+
 def test_without_any_spread_no_interval_is_claimed() -> None:
     rows = [row("trained", 0.5, measure="AMI"), row("untrained", 0.1, measure="AMI")]
     (line,) = lines(rows)

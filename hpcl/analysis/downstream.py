@@ -1,8 +1,10 @@
 """Rows of downstream.parquet as one table: each value over its seeds, beside what it is compared with. No torch.
 
-How far `trained` is from a baseline carries a 95 % interval. Its variance has two parts: between seeds (label lists,
-episodes, random starts), which n seeds average; and of the images that were scored, the same ones for every seed,
-which they do not. The two encoders are taken as independent though they are scored on the same images: an upper bound.
+How far `trained` is from a baseline carries a 95 % interval. Its variance has these parts: between seeds (label lists,
+episodes, random starts), which n seeds average; between checkpoints, likewise (all seeds of a checkpoint share it, so
+they count as one); and of the images that were scored, the same ones for every seed, which they do not average. The
+last is known of accuracies and episodes, not of AMI, mAP and AP50. The two encoders are taken as independent though
+they are scored on the same images: an upper bound.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ class Value:
     """Half-width of the mean's interval over episodes; None for tasks without."""
     variance: float
     """Of a single run, from the images that were scored; 0 where nothing is known of it."""
+    between: tuple[tuple[float, int], ...]
+    """Variance of the mean, and its degrees of freedom, from the choice of checkpoints and of seeds."""
 
     @property
     def text(self) -> str:
@@ -101,7 +105,22 @@ def _value(rows: Sequence[Row]) -> Value:
         # each seed draws its own episodes, so their means are averaged like any others
         ci95=float(np.sqrt(np.square(episodes).sum())) / len(episodes) if episodes else None,
         variance=variance,
+        between=tuple(part for name in ("checkpoint_hash", "seed") if (part := _between(rows, name))),
     )
+
+
+def _between(rows: Sequence[Row], name: str) -> tuple[float, int] | None:
+    """Variance of the mean over the checkpoints, or seeds, and its degrees of freedom; None where all give the same.
+
+    With both, the part that is of neither alone counts twice: on the safe side.
+    """
+    groups: dict[Any, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row.get(name), []).append(row["value"])
+    means = np.array([np.mean(values) for values in groups.values()])
+    if len(means) < 2 or np.ptp(means) <= 1e-12:
+        return None
+    return float(means.var(ddof=1)) / len(means), len(means) - 1
 
 
 def _gain(values: dict[Encoder, Value]) -> Difference | None:
@@ -109,7 +128,7 @@ def _gain(values: dict[Encoder, Value]) -> Difference | None:
     if "trained" not in values or against is None:
         return None
     a, b = values["trained"], values[against]
-    parts: list[tuple[float, float]] = [(v.sd**2 / v.n, v.n - 1) for v in (a, b) if v.sd is not None]
+    parts: list[tuple[float, float]] = [part for v in (a, b) for part in v.between]
     parts += [(v.variance, math.inf) for v in (a, b) if v.variance]
     total = sum(variance for variance, _ in parts)
     if not total:
@@ -124,7 +143,8 @@ COLUMNS: tuple[Encoder, ...] = ("trained", "untrained", "pixels", "supervised", 
 NOTES = (
     "± is the standard deviation over seeds and checkpoints, absent where all runs give the same or there is one;",
     "[±] a 95 % interval over episodes;",
-    "the difference's 95 % interval is of seeds and scored images, the encoders taken as independent.",
+    "the difference's 95 % interval is of seeds, of checkpoints and, for accuracies alone, of the scored images,",
+    "the encoders taken as independent.",
 )
 
 
