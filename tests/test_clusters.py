@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hpcl.config import Config
 from hpcl.data import ImageSet, load
 from hpcl.downstream import clusters
 from hpcl.errors import UnreadableCheckpoint
+from hpcl.trainer import fit
 
 
 def test_agreement_of_hand_cases_and_against_scikit_learn() -> None:
@@ -79,3 +81,9 @@ def test_levels_of_other_images_or_of_stage_1_are_left_out_and_strange_ones_refu
         settings(state | {"hierarchy": {"labels": [torch.zeros(7)]}})
     with pytest.raises(UnreadableCheckpoint, match="holds 16 epochs of 8"):
         settings(state | {"rows": state["rows"] * 2})
+
+
+def test_a_run_of_one_epoch_can_be_chosen_by_its_clusters(tmp_path: Path) -> None:
+    tiny = TINY | {"stages": {f"stage{number}": {"epochs": int(number == 1)} for number in range(1, 6)}}
+    rows = fit(Config.model_validate(tiny), tmp_path, objective="clusters@val").rows
+    assert rows[-1]["objective"] > 0
