@@ -6,6 +6,7 @@ The walk of the data: checkpoint -> network and images (:class:`hpcl.downstream.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -26,6 +27,7 @@ from hpcl.downstream.bench import Bench, Split
 from hpcl.downstream.scores import BASELINES, VOC_TASKS, Encoder
 from hpcl.downstream.voc_data import VocData, read_voc
 from hpcl.errors import UserError
+from hpcl.files import writing
 from hpcl.pretrained import network_of
 from hpcl.results import downstream_schema, read_rows, write_table
 
@@ -66,7 +68,9 @@ def evaluate(
     Raises:
         UserError: a checkpoint, the images or the table do not fit.
     """
-    rows_before(out)  # unreadable? then before anything is measured
+    names = list(dict.fromkeys(names))
+    rows_before(out)  # unreadable? then before anything is measured; so where nothing can be written
+    _make_room(out)
     benches = _benches(checkpoints, data, split, out.parent / "labels")
     given = read_voc(voc) if voc is not None and set(names) & set(VOC_TASKS) else None
     say(benches[0].images.describe())
@@ -95,16 +99,32 @@ def evaluate(
     return rows, left_out
 
 
+def _make_room(out: Path) -> None:
+    """See that a table can be written: its folder is there, or made.
+
+    Raises:
+        StorageError: it can't.
+    """
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out.parent))
+
+
 def _benches(checkpoints: Sequence[Path], data: str | None, split: Split, label_folder: Path) -> list[Bench]:
     """A bench of each checkpoint; which images are labelled is kept in `label_folder`.
 
     Raises:
-        UserError: a checkpoint is none, is another configuration's, or does not fit the images.
+        UserError: a checkpoint is none, stands there twice, is another configuration's, or does not fit the images.
     """
     benches: list[Bench] = []
+    seen: dict[str, Path] = {}
     first: tuple[Config, Path] | None = None
     for path in checkpoints:
         state = load_checkpoint(path)
+        same = seen.setdefault(_hash(path), path)
+        if len(seen) <= len(benches):
+            raise UserError(f"{path}: is the same checkpoint as {same}, which says nothing more; name each once")
         config, network, channels = network_of(state, path)
         if first and _sort(config) != _sort(first[0]):
             raise UserError(
@@ -114,6 +134,11 @@ def _benches(checkpoints: Sequence[Path], data: str | None, split: Split, label_
         first = first or (config, path)
         section = config.data if data is None else config.data.model_copy(update={"source": data})
         images = benches[0].images if benches else load(section)
+        if data is None and images.content_hash != state["data"]["hash"]:  # its test part may have trained the network
+            raise UserError(
+                f"{images.source}: holds other images now than when {path} was trained; bring them back, or say with "
+                "--data which images are meant"
+            )
         if images.images.shape[1] != channels:
             raise UserError(f"{images.source}: has {images.images.shape[1]} channels, but the network takes {channels}")
         world = current_world("cpu" if config.runtime.device == "cpu" else "auto")
@@ -173,7 +198,7 @@ def rows_before(out: Path) -> list[Row]:
 
 def append(out: Path, rows: Sequence[Row]) -> None:
     """Add rows to the table; a reader sees it before or after, never a part."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(out)
     with _alone(out.parent):
         write_table(out, [*rows_before(out), *rows], downstream_schema())
 

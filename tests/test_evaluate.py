@@ -17,7 +17,7 @@ from hpcl.dist import current_world
 from hpcl.downstream import tasks
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.scores import OBJECTIVES, TASK_NAMES
-from hpcl.errors import UserError
+from hpcl.errors import StorageError, UserError
 from hpcl.evaluate import evaluate, rows_before
 from hpcl.pretrained import load_network
 from hpcl.search.params import Search
@@ -70,6 +70,35 @@ def test_mistakes_end_with_2_and_say_what_to_do(
     given = ["evaluate", str(unbroken[0] / "checkpoint.pt"), *arguments, "--out", str(tmp_path / "out.parquet")]
     assert run(given, monkeypatch) == 2
     assert words in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(unbroken: Unbroken, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    with pytest.raises(StorageError, match=r"file/out.parquet: cannot be written"):
+        evaluate([unbroken[0] / "checkpoint.pt"], ["knn"], tmp_path / "file" / "out.parquet", say=said.append)
+    assert not said
+
+
+def test_what_is_named_twice_is_not_measured_twice(unbroken: Unbroken, tmp_path: Path) -> None:
+    checkpoint = unbroken[0] / "checkpoint.pt"
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(UserError, match=r"copy.pt: is the same checkpoint as .*checkpoint.pt"):
+        evaluate([checkpoint, copy], ["knn"], tmp_path / "out.parquet", seeds=1, baselines=False)
+    rows, _ = evaluate(
+        [checkpoint], ["knn", "knn"], tmp_path / "out.parquet", seeds=1, baselines=False, say=lambda _: None
+    )
+    assert len(rows) == 2
+
+
+def test_images_that_changed_since_the_training_are_refused(unbroken: Unbroken, tmp_path: Path) -> None:
+    state = torch.load(unbroken[0] / "checkpoint.pt", weights_only=True)
+    state["data"]["hash"] = "0"
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"mnist5k: holds other images now than when .* say with --data"):
+        evaluate([tmp_path / "checkpoint.pt"], ["knn"], tmp_path / "out.parquet", seeds=1)
+    assert not (tmp_path / "out.parquet").exists()
 
 
 def test_checkpoints_of_several_configurations_are_refused(unbroken: Unbroken, tiny: Config, tmp_path: Path) -> None:

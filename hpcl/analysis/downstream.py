@@ -199,7 +199,7 @@ def main(checkpoints: Sequence[Path], names: Sequence[str], out: Path, **options
     rows, left_out = evaluate(checkpoints, names, out, say=lambda text: print(one_line(text), flush=True), **options)
     if rows:
         print(f"\n{table(lines(rows))}")
-    labels = [f"{name:<9} {LABELS_USED[name]}" for name in names if name not in left_out]
+    labels = [f"{name:<9} {LABELS_USED[name]}" for name in dict.fromkeys(names) if name not in left_out]
     if labels:
         print("\n".join(["", "labels that were used, besides those of the images that were scored:", *labels]))
     if left_out:
