@@ -377,3 +377,18 @@ def test_three_processes_share_one_mapped_copy(tmp_path: Path) -> None:
         resident, shared, own = (1024 * int(number) for number in numbers)
         assert Path(path) == cached and resident >= size and own == 0
         assert resident / 4 < shared < resident / 2  # a third each
+
+
+def test_a_source_that_changes_while_it_is_read_gives_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else half of it would lie there under the name of what it was before."""
+    root = class_folders(tmp_path / "set", classes=2, each=3)
+    write = convert.write
+
+    def late(*arguments: object) -> None:
+        save(root / "class0" / "000.png", random_pixels(99, 20, 20))
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(convert, "write", late)
+    with pytest.raises(DataError, match=r"set changed while it was being read; run again"):
+        convert_file(str(root), tmp_path / "out.arrow", 8)
+    assert not (tmp_path / "out.arrow").exists() and not (tmp_path / ".out.arrow.partial").exists()

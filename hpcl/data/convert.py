@@ -256,6 +256,8 @@ def _convert(source: Source, size: int | None, target: Path, folder: Path, inste
             images = scratch.whole()
             _check_space(folder, images.nbytes, instead)
             write(folder / "store", images, content, _name(source), source.fingerprint, size)
+            if source.path is not None and look_for(str(source.path)).fingerprint != source.fingerprint:
+                raise DataError(f"data.source {source.path} changed while it was being read; run again")
             os.replace(folder / "store", target)
 
 
