@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from hpcl.downstream.bench import Bench, Split
 from hpcl.downstream.scores import BASELINES, VOC_TASKS, Encoder
 from hpcl.downstream.voc_data import VocData, read_voc
 from hpcl.errors import UserError
-from hpcl.files import writing
+from hpcl.files import hash_of, writing
 from hpcl.pretrained import network_of
 from hpcl.results import downstream_schema, read_rows, write_table
 
@@ -122,7 +121,7 @@ def _benches(checkpoints: Sequence[Path], data: str | None, split: Split, label_
     first: tuple[Config, Path] | None = None
     for path in checkpoints:
         state = load_checkpoint(path)
-        same = seen.setdefault(_hash(path), path)
+        same = seen.setdefault(hash_of(path), path)
         if len(seen) <= len(benches):
             raise UserError(f"{path}: is the same checkpoint as {same}, which says nothing more; name each once")
         config, network, channels = network_of(state, path)
@@ -160,7 +159,7 @@ def _measured(
     about = {
         "split": bench.split,
         "checkpoint": str(checkpoint),
-        "checkpoint_hash": _hash(checkpoint),
+        "checkpoint_hash": hash_of(checkpoint),
         "source": str(voc.root) if voc is not None and on_voc else bench.images.source,
         "data_hash": None if on_voc else bench.images.content_hash,
         "seconds": time.perf_counter() - started,
@@ -169,11 +168,6 @@ def _measured(
     }
     columns = ("task", "setting", "measure", "encoder", "seed", "value", "ci95", "count")
     return [{name: getattr(score, name) for name in columns} | about for score in scores]
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- the table ---------------------------------------------------------------------

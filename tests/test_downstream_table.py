@@ -17,9 +17,10 @@ from hpcl.analysis.report.sections import _downstream
 from hpcl.downstream.scores import Score
 from hpcl.errors import UserError
 from hpcl.evaluate import append, rows_before
+from hpcl.files import hash_of
 
 
-def row(encoder: str, value: float, seed: int = 0, **others: Any) -> dict[str, Any]:
+def row(encoder: str, value: float | None, seed: int = 0, **others: Any) -> dict[str, Any]:
     common = {"task": "linear", "setting": "ridge", "measure": "accuracy", "count": 400, "ci95": None}
     return common | {"encoder": encoder, "value": value, "seed": seed} | others
 
@@ -127,3 +128,27 @@ def test_the_report_shows_what_the_best_trial_is_good_for(tmp_path: Path) -> Non
         append(tmp_path / "search" / "trials" / "0001" / "downstream.parquet", [row("trained", value) | FULL])
     section = _downstream(search)
     assert section is not None and section.table is not None and ".875" in section.table.rows[0]
+
+
+def test_the_report_averages_nothing_but_the_trials_checkpoint_on_the_same_images(tmp_path: Path) -> None:
+    search = write_search(tmp_path / "search", {"acc_proto_ref": np.array([[0.1, 0.2], [0.2, 0.4]])}, [0.5, 0.7])
+    trial = tmp_path / "search" / "trials" / "0001"
+    trial.mkdir(parents=True)
+    (trial / "checkpoint.pt").write_bytes(b"of today")
+    own = FULL | {"checkpoint_hash": hash_of(trial / "checkpoint.pt")}
+    rows = [
+        row("trained", 0.1) | own | {"source": "other", "data_hash": "1"},
+        row("trained", 0.875) | own,
+        row("trained", None, 1) | own,
+        row("trained", 0.3) | FULL,
+    ]
+    append(trial / "downstream.parquet", rows)
+    section = _downstream(search)
+    assert (
+        section is not None
+        and section.table is not None
+        and section.table.rows == [["linear", "ridge", "accuracy", ".875"]]
+    )
+    assert "test images of s (" in section.texts[0]
+    (trial / "checkpoint.pt").write_bytes(b"of tomorrow")
+    assert _downstream(search) is None

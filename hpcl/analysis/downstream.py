@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from hpcl.analysis.text import aligned, counted, one_line
-from hpcl.downstream.scores import LABELS_USED, TASK_NAMES, Encoder, Score
+from hpcl.downstream.scores import LABELS_USED, TASK_NAMES, VOC_TASKS, Encoder, Score
 from hpcl.errors import UserError
 
 Row = dict[str, Any]
@@ -146,6 +146,29 @@ NOTES = (
     "the difference's 95 % interval is of seeds, of checkpoints and, for accuracies alone, of the scored images,",
     "the encoders taken as independent.",
 )
+
+
+def alike(rows: Sequence[Row], checkpoint_hash: str | None = None) -> list[Row]:
+    """The rows of one checkpoint on the part and the images that were scored last; those without a value left out.
+
+    Rows of other checkpoints or images lie in the same table, and a mean over them says nothing.
+
+    Args:
+        rows: of a table, in its order.
+        checkpoint_hash: of the checkpoint; None: that of the last row.
+    """
+    valued = [row for row in rows if None not in (row["value"], row["seed"], row["count"], *map(row.get, _NAMES))]
+    own = [row for row in valued if checkpoint_hash in (None, row["checkpoint_hash"])]
+    found: list[Row] = []
+    for on_voc in (False, True):
+        of_kind = [row for row in own if (row["task"] in VOC_TASKS) is on_voc]
+        last = [tuple(row[name] for name in _SCORED) for row in of_kind[-1:]]
+        found += [row for row in of_kind if tuple(row[name] for name in _SCORED) in last]
+    return [row for row in found if row["split"] == own[-1]["split"]]
+
+
+_NAMES = ("task", "setting", "measure", "encoder")
+_SCORED = ("split", "checkpoint_hash", "source", "data_hash")
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:

@@ -14,11 +14,12 @@ from hpcl.analysis.charts import audit as audit_charts
 from hpcl.analysis.charts import curves as curve_charts
 from hpcl.analysis.charts import fields as field_charts
 from hpcl.analysis.charts.look import listed
-from hpcl.analysis.downstream import NOTES, grid, lines, newest
+from hpcl.analysis.downstream import NOTES, alike, grid, lines, newest
 from hpcl.analysis.leading import evidence_of, leading
 from hpcl.analysis.report.parts import Grid, Section, draw
 from hpcl.config import STAGES
 from hpcl.errors import UserError, harmless
+from hpcl.files import hash_of
 from hpcl.results import Field, SearchResults, downstream_schema, read_rows
 from hpcl.results.fields import shown
 from hpcl.search.importance import LEAST, METHODS, Importance, importance
@@ -147,16 +148,22 @@ def _downstream(search: SearchResults) -> Section | None:
     best = leading(search)
     if best is None:
         return None
-    of_trial = search.folder / "trials" / str(best["trial_id"]) / "downstream.parquet"
+    trial = search.folder / "trials" / str(best["trial_id"])
+    checkpoint = trial / "checkpoint.pt"
     try:
-        rows = read_rows(of_trial, downstream_schema())
+        rows = read_rows(trial / "downstream.parquet", downstream_schema())
+        own = hash_of(checkpoint) if checkpoint.is_file() else None
     except (OSError, ValueError):
         return None
+    rows = newest(alike(rows, own))
     if not rows:
         return None
-    split = rows[-1]["split"]
-    head, cells = grid(lines(newest([row for row in rows if row["split"] == split])))
-    text = f"Downstream tasks on trial {best['trial_id']}'s checkpoint, scored on {split} images ({' '.join(NOTES)})"
+    head, cells = grid(lines(rows))
+    images = " and of ".join(dict.fromkeys(row["source"] or "" for row in rows))
+    text = (
+        f"Downstream tasks on trial {best['trial_id']}'s checkpoint, scored on {rows[-1]['split']} images of "
+        f"{harmless(images)} ({' '.join(NOTES)})"
+    )
     return Section("downstream", "What is it good for?", [text], table=Grid(head, cells))
 
 
