@@ -192,13 +192,13 @@ CUT_OFF = """
 import os, signal, sys
 from hpcl.config import Data
 from hpcl.data import blocks, load
-blocks._ITEMS, left, decode = 4, [int(sys.argv[2])], blocks.decode
+blocks._ITEMS, left, decode = 4, [int(sys.argv[2])], blocks.attempt
 def counted(*arguments):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(*arguments)
-blocks.decode = counted
+blocks.attempt = counted
 load(Data(source=sys.argv[1]))
 """
 
