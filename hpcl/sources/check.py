@@ -165,6 +165,7 @@ class _Check:
         if out.size is not None and min(seen.size) < out.size:
             self._find("smaller than --size", item.name, f"enlarged to {out.size}x{out.size}")
         self._label_types["none" if item.label is None else type(item.label).__name__] += 1
+        item.label, item.coarse = _key(item.label), _key(item.coarse)
         if item.label is not None:
             self._usable[self._name(item.label, self._names)] += 1
             self._classes.setdefault(item.label, [0] * len(SPLITS))[item.split] += 1
@@ -235,6 +236,11 @@ class _Check:
         if wrong:
             known = f"; {len(self._names)} classes are named" if self._names is not None else ""
             yield f"label {wrong[0]} is no class{known}"
+
+
+def _key(label: Any) -> Any:
+    """A label that can be counted and put in order: one of another kind than those that are taken is its text."""
+    return label if label is None or type(label) in (int, str, bool) else str(label)
 
 
 class _Spread:

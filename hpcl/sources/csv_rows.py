@@ -179,7 +179,7 @@ def _dialect(path: Path) -> str | None:
         head = read_some(path, _MOST_HEAD)[:_MOST_HEAD]
     except OSError:
         return None
-    line = _text(head).partition("\n")[0].rstrip("\r")
+    line = re.split(r"[\r\n]", _text(head), maxsplit=1)[0]  # an old Mac's lines end with \r alone
     for delimiter in ",;\t":
         names = _names(next(csv.reader([line], delimiter=delimiter), []))
         if any(name in names for name in _FILE):

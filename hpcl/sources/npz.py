@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from hpcl.decode import MOST_PIXELS, Item
-from hpcl.sources.source import SPLIT_CODES, SPLITS, DataError, Source, fingerprint, split_of
+from hpcl.sources.source import SPLIT_CODES, SPLITS, DataError, Source, fingerprint, same_names, split_of
 from hpcl.sources.stored import Unreadable, as_image, image_layout
 from hpcl.sources.walk import Tree
 
@@ -136,8 +136,16 @@ def items(source: Source) -> Iterator[Item]:
 
 
 def class_names(source: Source) -> tuple[str, ...] | None:
-    """Names of labels that are numbers, of the first file that has them."""
-    return next((each.classes for each in source.detail if each.classes), None)
+    """Names of labels that are numbers, which files that have them agree on.
+
+    Raises:
+        DataError: they differ between files.
+    """
+    said: tuple[tuple[str, ...], Path] | None = None
+    for each in source.detail:
+        if each.classes:
+            said = same_names(said, each.classes, each.path)
+    return said[0] if said else None
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Parquet files of encoded images, as dataset hubs keep them.
 
-Columns: `image` or `img` (bytes, or a struct with `bytes`), `label` or `fine_label`, `coarse_label`,
+Columns: `image` or `img` (bytes, or a struct with `bytes`), `label`, `labels` or `fine_label`, `coarse_label`,
 `split`; all but the first may be missing.
 """
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hpcl.decode import Item
-from hpcl.sources.source import SPLIT_CODES, DataError, Source, fingerprint, split_of
+from hpcl.sources.source import SPLIT_CODES, DataError, Source, fingerprint, same_names, split_of
 from hpcl.sources.walk import Tree
 
 _ROWS = 1024
@@ -101,12 +101,12 @@ def check_tables(source: Source) -> None:
 
 
 def class_names(source: Source) -> tuple[str, ...] | None:
-    """Names of the labels, in the first file that has them: key `classes` (a JSON list), or Hugging Face's ClassLabel.
+    """Names of the labels, which files that have them agree on: key `classes` (a JSON list), or HF's ClassLabel.
 
     Raises:
-        DataError: they are there but no JSON.
+        DataError: they are there but no JSON, or differ between files.
     """
-    return _names(source, "classes", ("label", "fine_label"))
+    return _names(source, "classes", ("label", "labels", "fine_label"))
 
 
 def coarse_names(source: Source) -> tuple[str, ...] | None:
@@ -115,6 +115,7 @@ def coarse_names(source: Source) -> tuple[str, ...] | None:
 
 
 def _names(source: Source, key: str, features: tuple[str, ...]) -> tuple[str, ...] | None:
+    said: tuple[tuple[str, ...], Path] | None = None
     for file in source.files:
         try:
             metadata = pq.read_schema(file).metadata or {}
@@ -130,8 +131,8 @@ def _names(source: Source, key: str, features: tuple[str, ...]) -> tuple[str, ..
                 f"data.source: {file} has class names in its metadata that are not JSON ({error})"
             ) from error
         if isinstance(names, list) and names:
-            return tuple(str(name) for name in names)
-    return None
+            said = same_names(said, tuple(str(name) for name in names), file)
+    return said[0] if said else None
 
 
 def _item(row: dict[str, Any], columns: _Columns, name: str, file: Path, number: int, code: int) -> Item:
@@ -180,7 +181,7 @@ def _checked_columns(schema: pa.Schema, file: Path) -> _Columns:
             f"data.source: {file} has no column `image` (or `img`) with encoded images (PNG, JPEG, ...), "
             f"only {found or 'no column at all'}; rename the column that holds them"
         )
-    for used in (name, *("label", "fine_label", "coarse_label", "split")):
+    for used in (name, *("label", "labels", "fine_label", "coarse_label", "split")):
         if schema.names.count(used) > 1:
             raise DataError(f"data.source: {file} has several columns `{used}`; keep one")
     kind = schema.field(name).type
@@ -188,7 +189,7 @@ def _checked_columns(schema: pa.Schema, file: Path) -> _Columns:
     is_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
     if not any(test(content) for test in is_bytes):
         raise DataError(f"data.source: {file} has column `{name}` of type {kind}, but it must hold encoded image bytes")
-    return _Columns(name, first("label", "fine_label"), first("coarse_label"), first("split"))
+    return _Columns(name, first("label", "labels", "fine_label"), first("coarse_label"), first("split"))
 
 
 def count_rows(source: Source) -> int | None:

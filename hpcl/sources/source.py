@@ -72,6 +72,24 @@ def fingerprint(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def same_names(
+    before: tuple[tuple[str, ...], Path] | None, names: tuple[str, ...], file: Path
+) -> tuple[tuple[str, ...], Path]:
+    """Class names and the file that said them first.
+
+    Raises:
+        DataError: another file says others, so that its numbers mean other classes.
+    """
+    if before is not None and before[0] != names:
+        at = next((i for i, pair in enumerate(zip(*(before[0], names), strict=False)) if pair[0] != pair[1]), None)
+        where = f"class {at} is {before[0][at]} and {names[at]}" if at is not None else f"{len(names)} classes"
+        raise DataError(
+            f"data.source: {before[1]} and {file} name different classes ({where}), so the same number would mean two; "
+            "write both with the same list"
+        )
+    return before or (names, file)
+
+
 def split_of(name: str | PurePath, *, folders: bool = True) -> int | None:
     """Code of the split that a file's name says: the last such word of it, else its nearest folder's whole name.
 
