@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hpcl.data import ImageSet
-from hpcl.downstream.labels import draw_labels, label_list, label_order, list_path, percent
+from hpcl.downstream.labels import draw_labels, label_list, label_order, list_path, list_text, percent
 from hpcl.errors import UserError
 
 
@@ -125,3 +125,13 @@ def test_other_training_images_and_missing_classes_and_bytes(tmp_path: Path) -> 
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"cannot be read as a list|not given"):
             label_list(UNEQUAL, 0.1, 0, tmp_path)
+
+
+def test_a_list_has_about_as_many_images_as_its_fraction_says(tmp_path: Path) -> None:
+    """10 of 100 images and 4 classes: 14 may be rounding, 15 are more labels than the table will say."""
+    path = list_path(tmp_path, 0.1, 0)
+    path.write_text(list_text(UNEQUAL, np.arange(36, 87, 4)[:13], 0.1, 0) + "99,3\n")
+    assert len(label_list(UNEQUAL, 0.1, 0, tmp_path)) == 14
+    path.write_text(path.read_text() + "98,3\n")
+    with pytest.raises(UserError, match=r"has 15 images, but 10 % of 100 are 10, and one more for each of the 4"):
+        label_list(UNEQUAL, 0.1, 0, tmp_path)

@@ -62,9 +62,13 @@ def draw_labels(images: ImageSet, fraction: float, seed: int) -> Ids:
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}, but must be in (0, 1]")
+    return np.sort(label_order(images, seed)[: label_count(images, fraction)])
+
+
+def label_count(images: ImageSet, fraction: float) -> int:
+    """n, the fraction of the training images, rounded, and at least one of each class."""
     assert images.labels is not None
-    count = max(round(fraction * len(images.train)), len(np.unique(images.labels[images.train])))
-    return np.sort(label_order(images, seed)[:count])
+    return max(round(fraction * len(images.train)), len(np.unique(images.labels[images.train])))
 
 
 def percent(fraction: float) -> str:
@@ -140,7 +144,15 @@ def read_list(path: Path, images: ImageSet, fraction: float, seed: int) -> Ids:
     ]
     if problems:
         raise UserError(*problems)
-    return _checked(path, images, rows)
+    ids = _checked(path, images, rows)
+    wanted = label_count(images, fraction)
+    classes = len(np.unique(images.labels[images.train]))
+    if len(ids) - wanted > classes:  # a list that rounds by class is welcome, more labels than it says are not
+        raise UserError(
+            f"{path}: has {len(ids):,} images, but {percent(fraction)} of {len(images.train):,} are {wanted:,}, and "
+            f"one more for each of the {classes} classes at most; {_ADVICE}"
+        )
+    return ids
 
 
 def _facts(images: ImageSet, fraction: float, seed: int) -> dict[str, str]:
