@@ -196,3 +196,12 @@ def test_real_photos(tiny: Config) -> None:
     scores = run(bench, ["trained"], 0, data, size=64, protocol=Protocol(costs=(0.1, 10.0), shots=(1,), draws=2))
     assert [s.setting for s in scores[::2]] == ["all labels, 7 of 20 classes", "1 positives a class, 7 of 20 classes"]
     assert all(s.count == 30 and 0.1 < s.value < 1 for s in scores)
+
+
+def test_the_interval_of_a_few_draws_is_students() -> None:
+    labels = voc_classify._Labels(
+        *([np.zeros(0, dtype=np.int64)] * 2), *([np.zeros((0, 2), dtype=np.int8)] * 2), [0, 1]
+    )
+    aps = np.array([0.5, 0.6, 0.4, 0.55, 0.45])[:, None, None] * np.ones((5, 2, 2))
+    for score in voc_classify._scores("trained", 0, "1 positives a class", aps, labels):
+        assert score.ci95 == pytest.approx(2.776445 * np.std(aps[:, 0, 0], ddof=1) / 5**0.5)

@@ -142,7 +142,7 @@ def _gain(values: dict[Encoder, Value]) -> Difference | None:
 COLUMNS: tuple[Encoder, ...] = ("trained", "untrained", "pixels", "supervised", "sgan")
 NOTES = (
     "± is the standard deviation over seeds and checkpoints, absent where all runs give the same or there is one;",
-    "[±] a 95 % interval over episodes;",
+    "[±] a 95 % interval over episodes, or over draws of labelled images;",
     "the difference's 95 % interval is of seeds, of checkpoints and, for accuracies alone, of the scored images,",
     "the encoders taken as independent.",
 )

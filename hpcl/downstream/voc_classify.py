@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -185,7 +186,9 @@ def _scores(encoder: Encoder, seed: int, setting: str, aps: _Floats, labels: _La
     values = aps.mean(1)
     scores = []
     for form, of_draw in zip(FORMS, values.T, strict=True):
-        ci95 = 1.96 * float(of_draw.std(ddof=1)) / math.sqrt(len(of_draw)) if len(of_draw) > 1 else None
+        draws = len(of_draw)  # few, so Student's t: 2.78 for five
+        error = float(of_draw.std(ddof=1)) / math.sqrt(draws) if draws > 1 else None
+        ci95 = None if error is None else float(stats.t.ppf(0.975, draws - 1)) * error
         value, count = float(of_draw.mean()), len(labels.scored)
         scores.append(Score(TASK, setting, f"mAP ({form})", encoder, seed, value, count, ci95))
     return scores
