@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from benches import Run, bench_of, digits_with_novel
+from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 
-from hpcl.data import ImageSet
+from hpcl.config import Config
+from hpcl.data import ImageSet, load
 from hpcl.downstream import fewshot
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.fewshot import draw_episodes, episode_accuracies, inner_products
@@ -159,3 +161,11 @@ def test_chance_on_noise_is_one_in_way() -> None:
     for classifier in fewshot.CLASSIFIERS:
         found = episode_accuracies(torch.nn.functional.normalize(noise, dim=1), drawn, classifier)
         assert float(found.mean()) == pytest.approx(0.2, abs=0.03)
+
+
+def test_for_val_images_no_setting_is_named_that_gives_none(unbroken: Run) -> None:
+    """`data.novel_classes` draws classes for the test alone."""
+    images = load(Config.model_validate(TINY).data)
+    told = {split: fewshot.refusal(bench_of(unbroken, images, split)) for split in ("val", "test")}
+    assert "data.novel_classes" in (told["test"] or "") and "data.novel_classes" not in (told["val"] or "")
+    assert "train on a source whose val split has other classes than its train split" in (told["val"] or "")

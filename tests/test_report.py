@@ -261,3 +261,20 @@ def test_the_command_writes_it_whole_or_not_at_all(tmp_path: Path, capsys: pytes
     with pytest.raises(UserError) as caught:
         main([tmp_path / "gone", tmp_path / "away"], tmp_path / "r.html")
     assert len(caught.value.problems) == 2 and not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("clusters@val", "was chosen on training images: the labels"),
+        ("knn@val", "was chosen on validation images, whose"),
+    ],
+)
+def test_the_labels_that_chose_are_those_of_the_images_that_were_looked_at(
+    objective: str, words: str, tmp_path: Path
+) -> None:
+    a_search(tmp_path / "s")
+    path = tmp_path / "s" / "search.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"objective": objective}))
+    assert words in answer(load_search(tmp_path / "s")).labels

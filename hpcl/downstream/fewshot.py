@@ -163,10 +163,11 @@ def refusal(bench: Bench) -> str | None:
     source, least = bench.images.source, max(SHOTS) + QUERIES
     usable, small = _novel_classes(bench)
     if len(usable) + len(small) < 2:
+        drawn = f"train with data.novel_classes={WAY}, or on" if bench.split == "test" else "train on"
         return (
             f"{source}: the number of {bench.split} classes that training never saw is {len(usable) + len(small)}, but "
-            "few-shot classification needs 2 or more (accuracy on classes seen in training would leak); train with "
-            f"data.novel_classes={WAY}, or on a source whose splits have different classes"
+            "few-shot classification needs 2 or more (accuracy on classes seen in training would leak); "
+            f"{drawn} a source whose {bench.split} split has other classes than its train split"
         )
     if len(usable) < 2:
         return (

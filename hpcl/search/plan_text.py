@@ -23,7 +23,9 @@ def render(plan: Plan) -> str:
         "auto": f"linear probe on the validation split where labels exist, else {search.metric}",
     }.get(search.objective, f"{search.objective} at the last epoch")
     if search.objective in OBJECTIVES:
-        winner = f"{search.objective.partition('@')[0]} on the validation split at the end of a trial"
+        task = search.objective.partition("@")[0]
+        images = "the training images' clusters" if task == "clusters" else "the validation split"
+        winner = f"{task} on {images} at the end of a trial"
     tpe = f", TPE after {counted(plan.startup, 'finished trial')}" if search.sampler == "tpe" else ""
     end = "higher" if search.mode == "max" else "lower"
     rows = [

@@ -133,7 +133,10 @@ def _labels(search: SearchResults) -> str:
     stops = "Trials were stopped by kNN accuracy on validation images, which uses labels." if metric == "knn" else ""
     if task is None:
         return stops or "None: no label was used to train, to stop trials or to choose the best one."
-    used = f"The best trial was chosen on validation images, whose labels score it; {LABELS_USED[task]}."
+    if task == "clusters":  # the one task that looks at training images alone
+        used = f"The best trial was chosen on training images: {LABELS_USED[task]}."
+    else:
+        used = f"The best trial was chosen on validation images, whose labels score it; {LABELS_USED[task]}."
     return f"{used} {stops or 'Training and stopping used none.'} Test images chose nothing."
 
 
