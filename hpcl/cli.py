@@ -72,7 +72,7 @@ def train(
         say(f"finished {last['epoch']} epochs; next: hpcl export {checkpoint} backbone.pt")
     else:
         say(f"linear probe on the validation split: {last['objective']:.4f}")
-        say(f"finished {last['epoch']} epochs; next: hpcl knn {checkpoint}")
+        say(f"finished {last['epoch']} epochs; next: hpcl evaluate {checkpoint}")
 
 
 @app.command()

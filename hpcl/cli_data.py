@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -56,9 +57,16 @@ def check(
     from hpcl.sources.check_text import MARK, lines
     from hpcl.sources.sheet import write_sheet
 
-    sheet = out or Path(f"{PurePath(source).stem[:80] or 'data'}_check.png")
+    root = None
+    with suppress(OSError, RuntimeError):  # what is no path is told by the check
+        whole = Path(source).expanduser().resolve()
+        root = whole if whole.is_dir() else None
+    here = root.parent if root is not None and Path.cwd().is_relative_to(root) else Path()
+    sheet = out or here / f"{PurePath(root or source).stem[:80] or 'data'}_check.png"
     if sheet.suffix.lower() != ".png":
         raise UserError(f"--out is {sheet}, but must end with .png")
+    if root is not None and sheet.absolute().parent.resolve().is_relative_to(root):
+        raise UserError(f"--out is {sheet}, within {source}, whose images it would be one of; name a file elsewhere")
     listed = sheet.with_suffix(".txt")
     for file in (sheet, listed):
         may_write(file, MARK, "hpcl data check", "name another file with --out")

@@ -32,8 +32,10 @@ def data_problems(config: Config, num_images: int, ranks: int = 1) -> list[str]:
     if batch > num_images:
         problems.append(f"optimizer.batch is {batch}, but there are only {num_images} training images")
     if config.moco.queue > num_images // 2:
+        most = num_images // 2 // batch * batch
+        advice = f"; {most} is the largest that fits a batch of {batch}" if most else "; lower optimizer.batch as well"
         problems.append(
-            f"moco.queue is {config.moco.queue}, but may be at most half of the {num_images} training images"
+            f"moco.queue is {config.moco.queue}, but may be at most half of the {num_images} training images{advice}"
         )
     if config.clusters.first > num_images:
         problems.append(f"clusters.first is {config.clusters.first}, but there are only {num_images} training images")

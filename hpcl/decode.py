@@ -87,6 +87,8 @@ def attempt_told(item: Item, size: int | None, *, tell: bool = True) -> tuple[Pi
         return decode_told(item.content, size) if tell else (decode(item.content, size), ())
     except MemoryError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own bound, which is higher, comes before ours
+        return f"has more than {MOST_PIXELS // 10**6} million pixels, which are not decoded; make it smaller"
     except UnidentifiedImageError:  # its text names an object in memory
         return f"is no image that is read ({', '.join(FORMATS)})"
     except Exception as error:  # broken files make decoders raise almost anything

@@ -68,6 +68,8 @@ def evaluate(
         UserError: a checkpoint, the images or the table do not fit.
     """
     names = list(dict.fromkeys(names))
+    if out.suffix != ".parquet":
+        raise UserError(f"--out is {out}, but must end with .parquet, which it is")
     rows_before(out)  # unreadable? then before anything is measured; so where nothing can be written
     _make_room(out)
     benches = _benches(checkpoints, data, split, out.parent / "labels")

@@ -20,6 +20,7 @@ from typing import Any
 from hpcl.errors import StorageError, TakenOver, UserError
 
 _MOST_JSON = 64 * 2**20
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
 
 
@@ -145,7 +146,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # Folders are made before they are written into: one that is missing was taken away meanwhile.
-        advice = "was its disk unmounted? Bring it back" if error.errno in _GONE else "free space there"
+        advice = "free space there"
+        if error.errno in _GONE:
+            advice = "was its disk unmounted? Bring it back"
+        elif error.errno in _CLOSED:
+            advice = "see that you may write there"
         raise StorageError(f"{path}: cannot be written ({error}); {advice}, or give another folder") from error
 
 

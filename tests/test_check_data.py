@@ -390,3 +390,14 @@ def test_a_machine_looks_at_sources_of_pixels_too(tmp_path: Path) -> None:
     for source in (root, root / "splits" / "train.csv"):
         facts = look_at_data(str(source))
         assert facts.error == "" and facts.files == 2 and facts.left_out == ""
+
+
+def test_the_sheet_of_a_folder_does_not_become_one_of_its_images(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = class_folders(tmp_path / "set")
+    monkeypatch.chdir(root)
+    assert run(".")[0] == 0
+    assert (tmp_path / "set_check.png").is_file() and not list(root.glob("*.png"))
+    code, _, said = run(".", "--out", "sheet.png")
+    assert code == 2 and "whose images it would be one of" in said

@@ -57,7 +57,7 @@ def test_train_resumes_what_is_there(
     assert "mnist5k" in out.splitlines()[0]
     assert f"going on in: {trained / 'run'}" in out
     assert "epoch   5" in out and "epoch   4" not in out
-    assert "finished 5 epochs; next: hpcl knn" in out
+    assert "finished 5 epochs; next: hpcl evaluate" in out
     assert read_rows(trained / "run" / "epochs.parquet") == rows
 
 

@@ -84,7 +84,7 @@ def test_episodes_of_several_seeds_are_averaged() -> None:
 def test_the_table_has_the_tasks_in_their_order_and_only_columns_with_values() -> None:
     text = table(lines([row("trained", 0.5, task="clusters", measure="AMI"), row("trained", 0.25, task="knn")]))
     head, knn, first, clusters, second, *_ = text.splitlines()
-    assert "untrained" not in head and (knn, clusters) == ("knn", "clusters")
+    assert "untrained" not in head and (knn, clusters) == ("knn (n = 400)", "clusters (n = 400)")
     assert first.startswith("  ridge ") and ".250" in first and second.startswith("  ridge: AMI ") and ".500" in second
 
 

@@ -149,7 +149,9 @@ def test_test_images_choose_nothing(unbroken: Unbroken) -> None:
     bench = Bench(config, network, load(config.data), current_world("cpu"), split="test")
     with pytest.raises(ValueError, match="measured on val, never on test"):
         tasks.objective("linear@val", bench)
-    with pytest.raises(ValueError, match="test images must not choose; make it linear@val"):
+    with pytest.raises(
+        ValueError, match="linear@test is measured on test images, which must not choose: make it linear@val"
+    ):
         Search(objective="linear@test")
 
 

@@ -348,13 +348,15 @@ def test_set_changes_config_search_and_resources() -> None:
 def test_with_the_data_every_searched_value_is_checked_against_their_number() -> None:
     space = read("moco.queue: {choice: [1024, 2048]}\nclusters.first: {int: [2, 3000]}")
     assert space_problems(space, rules=True, images=4096) == []
+    fits = "; 1024 is the largest that fits a batch of 128"
     assert space_problems(space, rules=True, images=2050) == [
-        "s.yaml:3:31: moco.queue is 2048, but may be at most half of the 2050 training images (choice 2 of moco.queue)",
+        f"s.yaml:3:31: moco.queue is 2048, but may be at most half of the 2050 training images{fits} (choice 2 of "
+        "moco.queue)",
         "s.yaml:4:29: clusters.first is 3000, but there are only 2050 training images (high end of clusters.first)",
     ]
     queue = read("topk.k: {int: [1, 3]}", base="{preset: embedded, moco: {queue: 2048}}")
     assert space_problems(queue, rules=True, images=2050) == [
-        "s.yaml:1:40: moco.queue is 2048, but may be at most half of the 2050 training images"
+        f"s.yaml:1:40: moco.queue is 2048, but may be at most half of the 2050 training images{fits}"
     ]
 
 

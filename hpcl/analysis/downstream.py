@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Line:
     setting: str
     measure: str
     values: dict[Encoder, Value]
+    count: int
+    """Images or episodes, as far as known of objects, that one value was scored on."""
     gain: Difference | None
     """Against the untrained encoder; None where one of the two is missing."""
 
@@ -89,7 +92,8 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     found = []
     for (task, setting, measure), by_encoder in sorted(groups.items(), key=lambda group: order.get(group[0][0], 99)):
         values = {encoder: _value(own) for encoder, own in by_encoder.items()}
-        found.append(Line(task, setting, measure, values, _gain(values)))
+        count = next(iter(by_encoder.values()))[0]["count"]
+        found.append(Line(task, setting, measure, values, count, _gain(values)))
     return found
 
 
@@ -199,11 +203,21 @@ def table(found: Sequence[Line]) -> str:
     """The lines as text, those of a task below its name, and what the figures mean."""
     head, cells = grid(found)
     rows: list[list[str]] = [["", *head[3:]]]
+    begun: set[str] = set()
     for line, (task, setting, measure, *values) in zip(found, cells, strict=True):
-        if not any(row[0] == task for row in rows):
-            rows.append([task, *([""] * len(values))])
+        if task not in begun:
+            begun.add(task)
+            rows.append([f"{task} (n = {line.count:,})", *([""] * len(values))])
         rows.append([f"  {setting}{'' if line.measure == 'accuracy' else f': {measure}'}", *values])
-    return "\n".join([*aligned(rows), "", *NOTES])
+    return "\n".join([*aligned(rows), "", *_notes(found)])
+
+
+def _notes(found: Sequence[Line]) -> list[str]:
+    """What the signs mean that occur in the table."""
+    values = [value for line in found for value in line.values.values()]
+    spread, episodes = any(v.sd is not None for v in values), any(v.ci95 is not None for v in values)
+    shown = (spread, episodes, *[any(line.gain for line in found)] * (len(NOTES) - 2))
+    return ["n is what one value was scored on: images, episodes or objects", *compress(NOTES, shown)]
 
 
 def _short(value: float) -> str:
@@ -225,8 +239,6 @@ def main(checkpoints: Sequence[Path], names: Sequence[str], out: Path, **options
     labels = [f"{name:<9} {LABELS_USED[name]}" for name in dict.fromkeys(names) if name not in left_out]
     if labels:
         print("\n".join(["", "labels that were used, besides those of the images that were scored:", *labels]))
-    if left_out:
-        print("\n".join(["", "not measured:", *(one_line(f"{name:<9} {reason}") for name, reason in left_out.items())]))
     if not rows:
-        raise UserError(f"none of the tasks could be measured ({', '.join(names)})")
-    print(one_line(f"\n{counted(len(rows), 'row')} added to {out}"))
+        raise UserError(f"none of the tasks could be measured ({', '.join(names)}); see above what they need")
+    print("\n" + one_line(f"{counted(len(rows), 'row')} added to {out}"))

@@ -16,6 +16,8 @@ QUIET = 2.0
 """Seconds in which nothing is said."""
 EVERY = 10.0
 """Seconds between two lines."""
+FEWEST = 16
+"""Images by which it can be told how long the rest takes: the first one alone holds what comes before it."""
 
 
 class Progress:
@@ -74,7 +76,7 @@ class Progress:
         if self._before:
             text += f", {self._before:,} of them before"
         done = self._count - self._before
-        if self._total is not None and done:
+        if self._total is not None and done >= FEWEST:
             left = (now - self._started) / done * max(0, self._total - self._count)
             text += f"; about {left:.0f} s left" if left < 100 else f"; about {left / 60:.0f} min left"
         return text

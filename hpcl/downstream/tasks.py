@@ -60,7 +60,7 @@ def objective(name: str, bench: Bench) -> float | None:
         raise ValueError(f"an objective is measured on val, never on {bench.split}")
     task = name.partition("@")[0]
     if reason := refusal(task, bench):
-        raise UserError(f"search.objective is {name}, but {reason}")
+        raise UserError(_unfit(name, reason, bench.images))
     seed = seed_of(bench.config.data.split_seed, "probe")
     first = next((score.value for score in run(task, bench, ("trained",), seed)), math.nan)
     return first if math.isfinite(first) else None
@@ -72,4 +72,8 @@ def objective_problem(name: str, config: Config, images: ImageSet) -> str | None
     network = build_network(config.model, config.head, channels, config.seed, None, (height, width))
     bench = Bench(config, network, images, World(0, 1, torch.device("cpu")), split="val")
     reason = refusal(name.partition("@")[0], bench)
-    return f"search.objective is {name}, but {reason}" if reason else None
+    return _unfit(name, reason, images) if reason else None
+
+
+def _unfit(name: str, reason: str, images: ImageSet) -> str:
+    return f"search.objective is {name}, but {images.source} {reason.removeprefix(f'{images.source}: ')}"

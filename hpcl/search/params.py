@@ -242,7 +242,7 @@ class Search(Section):
         known = CURVES if info.field_name == "metric" else ("auto", "linear", *OBJECTIVES, *CURVES)
         if info.field_name == "objective" and value.endswith("@test"):
             raise ValueError(
-                f"objective is {value}, but test images must not choose; make it {value.removesuffix('test')}val"
+                f"{value} is measured on test images, which must not choose: make it {value.removesuffix('test')}val"
             )
         if value not in known:
             raise ValueError(f"{value} is no curve{did_you_mean(value, known)} (there are: {', '.join(known)})")

@@ -69,6 +69,8 @@ def find(source: str) -> Source:
     """
     if source == "mnist5k":
         return Source("mnist5k", None, (), "mnist5k")
+    if not source.strip():
+        raise DataError(f"data.source is empty; give {KINDS}")
     path = Path(source).expanduser()
     if not path.exists():
         near = " (did you mean mnist5k?)" if difflib.get_close_matches(source.lower(), ["mnist5k"], cutoff=0.7) else ""

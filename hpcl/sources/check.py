@@ -192,13 +192,13 @@ class _Check:
         self._find(kind, item.name, f"as {name}" + (f", of {', of '.join(differs)}" if differs else ""))
 
     def _find(self, kind: str, where: str, what: str) -> None:
-        self._out.findings.setdefault(kind, []).append((harmless(where), harmless(what)))
+        self._out.findings.setdefault(kind, []).append((_in_a_line(where), _in_a_line(what)))
 
     @staticmethod
     def _name(label: Any, names: tuple[str, ...] | None) -> str:
         """A label as text."""
         is_place = names is not None and type(label) is int and 0 <= label < len(names)
-        return harmless(names[label] if names is not None and is_place else str(label))
+        return _in_a_line(names[label] if names is not None and is_place else str(label))
 
     def _end(self) -> Checked:
         """What only the whole shows."""
@@ -228,6 +228,12 @@ class _Check:
         source, types = self._out.source, self._label_types
         if not self._out.images:
             yield f"data.source {source.path} has no usable image"
+        elif not self._out.of_split[0]:
+            counts = ", ".join(f"{self._out.of_split[code]:,} {name}" for code, name in enumerate(SPLITS))
+            yield (
+                f"there is no training image ({counts}): a name of a file or folder, a list or a column `split` says "
+                "so; give a source with a train split, or name it otherwise"
+            )
         if len(types) > 1 or set(types) - {"none", "int", "str", "bool"}:
             said = ", ".join(f"{count:,} {name}" for name, count in types.most_common())
             yield f"labels are {said}, but all or none must be there, and all whole numbers or all texts"
@@ -241,6 +247,11 @@ class _Check:
 def _key(label: Any) -> Any:
     """A label that can be counted and put in order: one of another kind than those that are taken is its text."""
     return label if label is None or type(label) in (int, str, bool) else str(label)
+
+
+def _in_a_line(text: str) -> str:
+    """The text without control characters: a name that holds a line's end must not forge a line."""
+    return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class _Spread:

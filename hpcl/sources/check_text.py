@@ -32,7 +32,7 @@ def lines(checked: Checked, shown: int | None = _SHOWN) -> Iterator[str]:
         yield f"size: {_sizes(checked)}"
     yield from _classes(checked)
     yield from (harmless(f"cannot be used: {text}") for text in checked.unusable)
-    if not checked.found:
+    if not checked.found and not checked.unusable:
         yield "found: nothing to report"
     for kind, entries in sorted(checked.findings.items()):
         yield f"{kind}: {len(entries):,}"
@@ -80,7 +80,12 @@ def _classes(checked: Checked) -> Iterator[str]:
     in_split = [{name for name, of in checked.classes.items() if of[code]} for code in range(len(SPLITS))]
     for code in (1, 2):
         if strange := in_split[code] - in_split[0]:
-            yield f"  {len(strange):,} of the {len(in_split[code]):,} classes of {SPLITS[code]} have no training image"
+            apart = len(strange) == len(in_split[code])
+            then = (
+                f": kept for few-shot episodes, and {SPLITS[code]} is drawn from the training images" if apart else ""
+            )
+            of = f"{len(strange):,} of the {len(in_split[code]):,} classes of {SPLITS[code]}"
+            yield f"  {of} have no training image{then}"
     if checked.coarse:
         top = sorted(checked.coarse.items(), key=lambda pair: (-pair[1], pair[0]))
         yield (

@@ -20,6 +20,9 @@ _ACROSS = 3
 _GAP, _LINE, _MARGIN = 3, 22, 14
 _INK, _PALE, _PAPER = (25, 25, 25), (105, 105, 105), (255, 255, 255)
 
+_FONT = "fonts/ttf/DejaVuSans.ttf"
+"""Comes with matplotlib: Latin, Greek, Cyrillic and more; Pillow's own has hardly more than ASCII."""
+
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -60,15 +63,24 @@ def write_sheet(checked: Checked, path: Path) -> None:
         sheet.save(temporary, "PNG", pnginfo=said)
 
 
+def _font(size: int) -> _Font:
+    import matplotlib
+
+    try:
+        return ImageFont.truetype(f"{matplotlib.get_data_path()}/{_FONT}", size)
+    except OSError:  # a matplotlib that was packed without it
+        return ImageFont.load_default(size)
+
+
 def _paper(width: int, height: int, head: str) -> Image.Image:
     sheet = Image.new("RGB", (width, height + 4 * _MARGIN), _PAPER)
-    font = ImageFont.load_default(17)
+    font = _font(17)
     ImageDraw.Draw(sheet).text((_MARGIN, _MARGIN - 2), _fitting(head, font, width - 2 * _MARGIN), _INK, font)
     return sheet
 
 
 def _title(sheet: Image.Image, x: int, y: int, width: int, name: str, counts: str) -> None:
-    draw, bold, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(12)
+    draw, bold, small = ImageDraw.Draw(sheet), _font(15), _font(12)
     room = width - int(small.getlength(counts)) - 12
     text = _fitting(name, bold, room)
     draw.text((x, y), text, _INK, bold)

@@ -129,7 +129,9 @@ def _next(search: SearchResults) -> list[str]:
         untold = "is not more than" in (evidence.over_base() or "")
         retrain = [f"hpcl retrain {where} --top 3 --seeds {max(seeds, 3)}"] if untold else []
     train = [f"hpcl train {where}/best.yaml"] if (search.folder / "best.yaml").is_file() else []
-    return [*retrain, f"hpcl suggest {where}", *train]
+    checkpoint = Path("trials", str(search.best["trial_id"]), "checkpoint.pt")
+    good_for = [f"hpcl evaluate {where}/{checkpoint}"] if (search.folder / checkpoint).is_file() else []
+    return [*retrain, *good_for, f"hpcl suggest {where}", *train]
 
 
 def main(
