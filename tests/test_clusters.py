@@ -87,3 +87,12 @@ def test_a_run_of_one_epoch_can_be_chosen_by_its_clusters(tmp_path: Path) -> Non
     tiny = TINY | {"stages": {f"stage{number}": {"epochs": int(number == 1)} for number in range(1, 6)}}
     rows = fit(Config.model_validate(tiny), tmp_path, objective="clusters@val").rows
     assert rows[-1]["objective"] > 0
+
+
+def test_the_lengths_of_features_do_not_count_for_clusters() -> None:
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 8, generator=draw) + 1
+    lengths = torch.tensor([0.01, 100.0])[torch.randint(2, (200, 1), generator=draw)]
+    options = Config.model_validate(TINY).clusters
+    found = [clusters.kmeans_labels(rows, 4, options, 0) for rows in (features, features * lengths)]
+    assert clusters.agreement(*found)["AMI"] > 0.99

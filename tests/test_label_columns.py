@@ -57,3 +57,16 @@ def test_a_list_of_an_old_mac_has_lines_that_end_with_a_carriage_return(tmp_path
     assert [item.label for item in sources.items(sources.find(str(tmp_path)))] == ["cat", "dog"]
     (tmp_path / "labels.csv").write_bytes(b"\r\x00\r,\r\n")  # no list at all, and no reason to stop
     assert [item.label for item in sources.items(sources.find(str(tmp_path)))] == [None, None]
+
+
+def test_traffic_signs_of_gtsrb_keep_their_classes(tmp_path: Path) -> None:
+    """Its lists have the columns Path and ClassId; without the second one the set was unlabelled, folders or not."""
+    for part, label in (("Train", "7"), ("Train", "12"), ("Test", "7")):
+        (tmp_path / part / label).mkdir(parents=True)
+        (tmp_path / part / label / "1.png").write_bytes(PNG)
+    (tmp_path / "Train.csv").write_text("Width,ClassId,Path\n4,7,Train/7/1.png\n4,12,Train/12/1.png\n")
+    (tmp_path / "Test.csv").write_text("Width,ClassId,Path\n4,7,Test/7/1.png\n")
+    found = sources.items(sources.find(str(tmp_path)))
+    assert {(item.name, item.label, item.split) for item in found} == {
+        ("Train/7/1.png", 7, 0), ("Train/12/1.png", 12, 0), ("Test/7/1.png", 7, 2)
+    }  # fmt: skip

@@ -2,7 +2,8 @@
 
 Ravi & Larochelle's mini-ImageNet has train.csv, val.csv and test.csv (`filename,label`) and its images in
 `images/` beside them; others keep one labels.csv or metadata.csv. Columns, whatever their order and case:
-`filename`, `file_name`, `file`, `path` or `image`; perhaps `label` or `class`, `split`, `coarse_label`.
+`filename`, `file_name`, `file`, `path` or `image`; perhaps `label`, `labels`, `class`, `class_id`, `classid`
+or `category`, `split`, `coarse_label`.
 Without a column `split` the CSV's name says the split, or its folder's, or the first folder of each path.
 """
 
@@ -22,7 +23,7 @@ from hpcl.sources.source import SPLIT_CODES, SPLITS, DataError, Source, fingerpr
 from hpcl.sources.walk import IMAGE_ENDINGS, Tree, walk
 
 _FILE = ("filename", "file_name", "file", "path", "image")
-_LABEL = ("label", "class")
+_LABEL = ("label", "labels", "class", "class_id", "classid", "category")
 _KNOWN = {"labels", "label", "metadata", "annotations", "index", "images", "classes"}
 """Names of CSV files that describe the whole set; any other is one only where there is none of these."""
 _OF_LISTS = {"splits", "split", "lists", "csv", "labels", "annotations", "meta", "metadata"}
