@@ -401,3 +401,10 @@ def test_the_sheet_of_a_folder_does_not_become_one_of_its_images(
     assert (tmp_path / "set_check.png").is_file() and not list(root.glob("*.png"))
     code, _, said = run(".", "--out", "sheet.png")
     assert code == 2 and "whose images it would be one of" in said
+
+
+def test_a_list_without_a_column_of_files_is_named(run: Run, tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "set")
+    (root / "labels.csv").write_text("img_id,species\n1,cat\n")
+    code, said, _ = run(root)
+    assert code == 0 and "labels.csv is not read: its first line has no column filename" in said

@@ -248,6 +248,8 @@ def _convert(source: Source, size: int | None, target: Path, folder: Path, inste
             skipped = tuple((harmless(where), harmless(reason)) for where, reason in (*given.skipped, *read.skipped))
             for where, reason in skipped[:5]:
                 _log.warning("skipped %s: %s", where, reason)
+            if len(skipped) > 5:
+                _log.warning("and %s more; `hpcl data check` names all", f"{len(skipped) - 5:,}")
             if not read.labels:
                 first = "; the first: " + ": ".join(skipped[0]) if skipped else ""
                 raise DataError(f"data.source {source.path} has no usable image ({len(skipped)} skipped{first})")

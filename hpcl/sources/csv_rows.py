@@ -66,10 +66,14 @@ def look(tree: Tree) -> Source | None:
 
 
 def note(tree: Tree) -> tuple[str, ...]:
-    """What to say of a folder with lists that name none of its images."""
+    """What to say of a folder with lists that name none of its images, or have no column that could."""
     lists = [tree.name(path) for path in tree.ending(".csv") if _dialect(path) is not None]
     said = ", ".join(lists[:4]) + (f" and {len(lists) - 4} more" if lists[4:] else "")
-    return (f"taken as folders of images: no row of {said} names one of them",) if lists else ()
+    notes = [f"taken as folders of images: no row of {said} names one of them"] if lists else []
+    for path in tree.ending(".csv"):
+        if _dialect(path) is None and (path.stem.lower() in _KNOWN or split_of(path.name) is not None):
+            notes.append(f"{tree.name(path)} is not read: its first line has no column filename, file, path or image")
+    return tuple(notes)
 
 
 def look_at_file(path: Path) -> Source | None:
