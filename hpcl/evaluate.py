@@ -23,7 +23,7 @@ from hpcl.data import load
 from hpcl.dist import current_world
 from hpcl.downstream import tasks
 from hpcl.downstream.bench import Bench, Split
-from hpcl.downstream.scores import BASELINES, VOC_TASKS, Encoder
+from hpcl.downstream.scores import BASELINES, VOC_TASKS, WITHOUT_SEED, Encoder
 from hpcl.downstream.voc_data import VocData, read_voc
 from hpcl.errors import UserError
 from hpcl.files import hash_of, writing
@@ -93,7 +93,9 @@ def evaluate(
             if bench.images.labels is None:  # the tasks on a folder in VOC form do without
                 encoders = tuple(encoder for encoder in encoders if encoder != "supervised")
             for seed in range(seeds):
-                new += _measured(name, bench, encoders, seed, given, checkpoint)
+                if seed and name in WITHOUT_SEED:  # once is enough of what no seed has a say in
+                    encoders = tuple(encoder for encoder in encoders if encoder not in ("trained", "pixels"))
+                new += _measured(name, bench, encoders, seed, given, checkpoint) if encoders else []
         append(out, new)
         rows += new
         say(f"{name:<9} {len(new)} values in {time.perf_counter() - started:.0f} s")
@@ -144,7 +146,8 @@ def _benches(checkpoints: Sequence[Path], data: str | None, split: Split, label_
             raise UserError(f"{images.source}: has {images.images.shape[1]} channels, but the network takes {channels}")
         world = current_world("cpu" if config.runtime.device == "cpu" else "auto")
         network.to(world.device)
-        benches.append(Bench(config, network, images, world, split=split, state=state, label_folder=label_folder))
+        lists = label_folder / images.content_hash[:8]  # other images with --data have lists of their own
+        benches.append(Bench(config, network, images, world, split=split, state=state, label_folder=lists))
     return benches
 
 

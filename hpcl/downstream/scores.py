@@ -72,5 +72,8 @@ TASK_NAMES = tuple(LABELS_USED)
 VOC_TASKS = ("voc", "detection")
 """Tasks on a folder in VOC form, not on the images of the run."""
 
+WITHOUT_SEED = ("knn", "linear")
+"""Tasks that draw nothing: a trained network's value, and that of pixels, is the same for every seed."""
+
 OBJECTIVES = tuple(f"{task}@val" for task in ("knn", "linear", "fewshot", "finetune", "distill", "clusters"))
 """Tasks that can choose the best trial of a search (`search.objective`): their first score, on validation images."""
