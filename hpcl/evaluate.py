@@ -24,7 +24,7 @@ from hpcl.dist import current_world
 from hpcl.downstream import tasks
 from hpcl.downstream.bench import Bench, Split
 from hpcl.downstream.scores import BASELINES, VOC_TASKS, WITHOUT_SEED, Encoder
-from hpcl.downstream.voc_data import VocData, read_voc
+from hpcl.downstream.voc.data import VocData, read_voc
 from hpcl.errors import UserError
 from hpcl.files import hash_of, writing
 from hpcl.pretrained import network_of

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from hpcl.downstream.average_precision import FORMS, Form, average_precision
+from hpcl.downstream.voc.average_precision import FORMS, Form, average_precision
 
 
 def loop(scores: list[float], positive: list[bool], form: Form) -> float:

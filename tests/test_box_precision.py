@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from hpcl.downstream.box_precision import Boxes, average_precisions, missing_library, overlaps
+from hpcl.downstream.voc.box_precision import Boxes, average_precisions, missing_library, overlaps
 from hpcl.errors import UserError
 
 pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed (pip install 'hpcl[voc]')")

@@ -15,10 +15,11 @@ from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from hpcl.augment import centre_view
 from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet, load
 from hpcl.downstream import clusters, fewshot, knn, linear
-from hpcl.downstream.bench import Bench
+from hpcl.downstream.bench import Bench, flat_pixels
 from hpcl.downstream.scores import Encoder
 from hpcl.rng import seed_of
 
@@ -39,9 +40,9 @@ def bench(unbroken: Run, digits: ImageSet) -> Bench:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few episodes, and in linear probes few penalties and pixels of 14x14."""
+    """Few episodes, few penalties in linear probes, and pixels of 14x14."""
     monkeypatch.setattr(fewshot, "EPISODES", 60)
-    monkeypatch.setattr(linear, "LARGEST_SYSTEM", 200)
+    monkeypatch.setattr("hpcl.downstream.bench.PIXEL_SIDE", 14)
     monkeypatch.setattr(linear, "PENALTIES", (0.001, 0.1))
     monkeypatch.setattr(linear, "LOGISTIC_PENALTIES", (1.0, 0.1, 0.01))
 
@@ -212,17 +213,15 @@ def test_only_val_images_choose_and_only_for_the_test_split(
             assert torch.equal(choosing.labels, bench.labels("val"))
 
 
-def test_large_images_are_averaged_for_the_probe_alone(
-    unbroken: Run, digits: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_images_are_averaged_where_pixels_are_the_features(unbroken: Run, digits: ImageSet) -> None:
     bench = bench_of(unbroken, digits)
-    rows = linear._rows(bench, "pixels", "val", 0).features
-    images = bench.features("pixels", "val", 0).view(-1, 28, 28)
-    assert rows.shape == (len(images), 196)
-    assert float(rows[5, 15]) == pytest.approx(float(images[5, 2:4, 2:4].mean()), rel=1e-5)
-    assert linear._rows(bench, "trained", "val", 0).features.shape[1] == 32
-    monkeypatch.setattr(linear, "LARGEST_SYSTEM", len(digits.train))  # so many training images are as few
-    assert torch.equal(linear._rows(bench, "pixels", "val", 0).features, images.flatten(1))
+    rows = bench.features("pixels", "val", 0)
+    images = bench.device_images
+    whole = centre_view(images.batch(bench.ids("val")), images.mean, images.std)
+    assert rows.shape == (len(whole), 196)
+    assert float(rows[5, 15]) == pytest.approx(float(whole[5, 0, 2:4, 2:4].mean()), rel=1e-5)
+    assert bench.features("trained", "val", 0).shape[1] == 32
+    assert torch.equal(flat_pixels(whole[..., :14, :10]), whole[..., :14, :10].flatten(1))  # no side is larger
 
 
 def test_the_seed_of_the_probe_is_that_of_the_data(unbroken: Run, digits: ImageSet) -> None:

@@ -19,12 +19,12 @@ from voc_folders import Box, digit_folder, digits, write_voc
 from hpcl.config import Config
 from hpcl.data import ImageSet
 from hpcl.dist import current_world
-from hpcl.downstream import voc_classify
-from hpcl.downstream.average_precision import average_precision
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.scores import Encoder
-from hpcl.downstream.voc_classify import Protocol, choose_cost, refusal, run
-from hpcl.downstream.voc_data import VocData, read_voc
+from hpcl.downstream.voc import classify as voc_classify
+from hpcl.downstream.voc.average_precision import average_precision
+from hpcl.downstream.voc.classify import Protocol, choose_cost, refusal, run
+from hpcl.downstream.voc.data import VocData, read_voc
 from hpcl.model import build_network
 
 FEW = Protocol(costs=(1.0, 100.0), shots=(1, 4), draws=2)

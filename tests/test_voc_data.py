@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from voc_folders import Box, digit_folder, write_voc, xml
 
-from hpcl.downstream.voc_data import VOC_CLASSES, read_voc
-from hpcl.downstream.voc_xml import MOST_BYTES, AnnotationError, parse_annotation
+from hpcl.downstream.voc.data import VOC_CLASSES, read_voc
+from hpcl.downstream.voc.xml import MOST_BYTES, AnnotationError, parse_annotation
 from hpcl.errors import UserError
 from hpcl.sources import DataError
 

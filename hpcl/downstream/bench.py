@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hpcl.augment import centre_view
@@ -27,6 +28,9 @@ Part = Literal["train", "val", "test", "novel"]
 """Images of a kind; `novel` are those of classes that never occur in training."""
 
 Split = Literal["val", "test"]
+
+PIXEL_SIDE = 32
+"""Side to which larger images are averaged where pixels are the features: 60,000 of 3 x 84 x 84 would take 5 GB."""
 
 
 class Bench:
@@ -109,7 +113,7 @@ class Bench:
     def features(self, encoder: Encoder, part: Part, seed: int) -> Tensor:
         """(n, F) float32 on the device: backbone features in eval mode of a part's centre views.
 
-        For `pixels` the normalised images themselves, F = C H W.
+        For `pixels` the normalised images themselves, F = C H W (:func:`flat_pixels`).
         """
         key = (encoder, 0 if encoder in ("trained", "pixels") else seed, part)
         if key not in self._features:
@@ -121,7 +125,7 @@ class Bench:
         if encoder == "pixels":
             rows = self.device_images
             parts = [
-                centre_view(rows.batch(ids[start : start + EVAL_BATCH]), rows.mean, rows.std).flatten(1)
+                flat_pixels(centre_view(rows.batch(ids[start : start + EVAL_BATCH]), rows.mean, rows.std))
                 for start in range(0, max(1, len(ids)), EVAL_BATCH)
             ]
             return torch.cat(parts)
@@ -145,3 +149,10 @@ class Bench:
 
             return train_from_scratch(self, np.asarray(self.ids("train")), seed).network
         raise ValueError(f"{encoder} has no network")
+
+
+def flat_pixels(images: Tensor) -> Tensor:
+    """(n, C, H, W) float -> (n, F): the images, averaged to at most PIXEL_SIDE x PIXEL_SIDE, as vectors."""
+    side = [min(PIXEL_SIDE, length) for length in images.shape[2:]]
+    small = images if list(images.shape[2:]) == side else F.interpolate(images, side, mode="area")
+    return small.flatten(1)

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hpcl.downstream import refusals
 from hpcl.downstream.bench import Bench, Part
@@ -37,9 +36,6 @@ LOGISTIC_PENALTIES = tuple(10.0**exponent for exponent in range(0, -6, -1))
 
 INNER_FRACTION = 0.2
 """Part of the training rows on which the penalty is chosen."""
-
-LARGEST_SYSTEM = 6000
-"""Pixels are averaged two by two until min(N, F) is at most this, since the time grows with its cube."""
 
 
 class Rows(NamedTuple):
@@ -167,8 +163,7 @@ def run(bench: Bench, encoders: Sequence[Encoder], seed: int) -> list[Score]:
     """Accuracy of both probes on the scored split of each encoder, ridge first.
 
     The seed only decides which `untrained` and `supervised` networks are measured: the inner fifth is that of
-    ``data.split_seed``, as in training. A value is NaN where features are not finite. Pixels are averaged two by two
-    where there are more than 6,000 of them and of training images too.
+    ``data.split_seed``, as in training. A value is NaN where features are not finite.
     """
     truth, inner_seed = bench.labels(bench.split), seed_of(bench.config.data.split_seed, "probe")
     scores = []
@@ -200,10 +195,4 @@ def _val_can_choose(bench: Bench) -> bool:
 
 
 def _rows(bench: Bench, encoder: Encoder, part: Part, seed: int) -> Rows:
-    features = bench.features(encoder, part, seed)
-    if encoder == "pixels":
-        images = features.view(len(features), *bench.images.images.shape[1:])
-        while min(len(bench.ids("train")), images[0].numel()) > LARGEST_SYSTEM:
-            images = functional.avg_pool2d(images, 2, ceil_mode=True)
-        features = images.flatten(1)
-    return Rows(features, bench.labels(part))
+    return Rows(bench.features(encoder, part, seed), bench.labels(part))

@@ -19,12 +19,12 @@ from hpcl.model import build_network
 from hpcl.rng import seed_of
 
 if TYPE_CHECKING:
-    from hpcl.downstream.voc_data import VocData
+    from hpcl.downstream.voc.data import VocData
 
 
 def _of(task: str, function: str) -> Callable[..., Any]:
     """`run` or `refusal` of a task's file, imported where it is asked for: some need scikit-learn or torchvision."""
-    file = {"voc": "voc_classify", "detection": "voc_detect"}.get(task, task)
+    file = {"voc": "voc.classify", "detection": "voc.detect"}.get(task, task)
     found: Callable[..., Any] = getattr(import_module(f"hpcl.downstream.{file}"), function)
     return found
 

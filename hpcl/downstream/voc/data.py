@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hpcl.data import Ids
 from hpcl.decode import FORMATS, MOST_PIXELS, decode
-from hpcl.downstream.voc_xml import MOST_BYTES, Annotation, AnnotationError, parse_annotation
+from hpcl.downstream.voc.xml import MOST_BYTES, Annotation, AnnotationError, parse_annotation
 from hpcl.files import read_some
 from hpcl.sources import DataError
 
@@ -46,7 +46,7 @@ class VocImage:
     size: tuple[int, int]
     """Height and width in pixels of the upright image."""
     boxes: npt.NDArray[np.float32]
-    """(n, 4) left, top, right, bottom from the corner, in pixels, right and bottom outside (see :mod:`.voc_xml`)."""
+    """(n, 4) left, top, right, bottom from the corner, in pixels, right and bottom outside (see :mod:`.xml`)."""
     labels: Ids
     """(n,) places in :attr:`VocData.classes`."""
     difficult: npt.NDArray[np.bool_]

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from hpcl.data import Ids
 from hpcl.downstream.bench import Bench
-from hpcl.downstream.box_precision import MEASURES, Boxes, average_precisions, missing_library
-from hpcl.downstream.detector import DEFAULT, Recipe, build_detector, can_detect, longest
 from hpcl.downstream.scores import Encoder, Score
-from hpcl.downstream.voc_data import VocData, VocImage, used_parts
+from hpcl.downstream.voc.box_precision import MEASURES, Boxes, average_precisions, missing_library
+from hpcl.downstream.voc.data import VocData, VocImage, used_parts
+from hpcl.downstream.voc.detector import DEFAULT, Recipe, build_detector, can_detect, longest
 from hpcl.rng import generator, seed_of
 
 TASK = "detection"

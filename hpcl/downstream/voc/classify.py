@@ -26,21 +26,18 @@ import numpy.typing as npt
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.nn import functional as F
 
 from hpcl.augment import centre_view
 from hpcl.data import Ids
-from hpcl.downstream.average_precision import FORMS, average_precision
-from hpcl.downstream.bench import Bench
+from hpcl.downstream.bench import Bench, flat_pixels
 from hpcl.downstream.scores import Encoder, Score
-from hpcl.downstream.voc_data import VocData, used_parts
+from hpcl.downstream.voc.average_precision import FORMS, average_precision
+from hpcl.downstream.voc.data import VocData, used_parts
 from hpcl.features import FeaturePass
 from hpcl.model import unit
 from hpcl.rng import seed_of
 
 TASK = "voc"
-PIXEL_SIDE = 32
-"""Side to which images are averaged where their pixels are the features: C 224^2 of them would fill the memory."""
 _AT_ONCE = 64
 """Images decoded and passed at a time."""
 
@@ -155,7 +152,7 @@ def features_of(
 ) -> dict[Encoder, Tensor]:
     """(N, F) float32 backbone features of these images for each encoder; every image is decoded once.
 
-    Of `pixels` the normalised image itself, averaged to at most PIXEL_SIDE x PIXEL_SIDE.
+    Of `pixels` the normalised image itself (:func:`hpcl.downstream.bench.flat_pixels`).
     """
     images = bench.device_images
     channels = len(images.mean)
@@ -166,8 +163,7 @@ def features_of(
         inputs = centre_view(torch.from_numpy(raw).to(images.device), images.mean, images.std)
         for encoder, found in parts.items():
             if encoder == "pixels":
-                small = F.interpolate(inputs, (PIXEL_SIDE, PIXEL_SIDE), mode="area") if size > PIXEL_SIDE else inputs
-                found.append(small.flatten(1))
+                found.append(flat_pixels(inputs))
             else:
                 network = bench.network(encoder, seed)
                 found.append(passes.of_tensors(network, inputs, use_head=False).backbone.float())
