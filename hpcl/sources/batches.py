@@ -74,17 +74,10 @@ def look(tree: Tree) -> Source | None:
         return None
     used = [*(batch.path for batch in batches), *(path for path, _ in names)]
     others = [tree.name(path) for path in [*tree.others, *tree.images] if path not in set(candidates)]
-    return Source(
-        "pickle",
-        tree.root,
-        tuple(used),
-        fingerprint(tree.root, used),
-        (*tree.skipped, *((tree.name(path), reason) for path, reason in failed)),
-        len(others),
-        tuple(others),
-        tuple(tree.litter),
-        notes=(f"taken as pickles; its {len(tree.images):,} image files are not read",) if tree.images else (),
-        detail=_detail(batches, [content for _, content in names]),
+    skipped = ((tree.name(path), reason) for path, reason in failed)
+    notes = (f"taken as pickles; its {len(tree.images):,} image files are not read",) if tree.images else ()
+    return tree.source(
+        "pickle", used, others, skipped=skipped, notes=notes, detail=_detail(batches, [content for _, content in names])
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from hpcl.decode import Item
 from hpcl.files import read_some
-from hpcl.sources.source import SPLIT_CODES, SPLITS, DataError, Source, fingerprint, split_of
+from hpcl.sources.source import SPLIT_CODES, SPLITS, DataError, Source, split_of
 from hpcl.sources.walk import IMAGE_ENDINGS, Tree, walk
 
 _FILE = ("filename", "file_name", "file", "path", "image")
@@ -113,7 +113,6 @@ def _source(tree: Tree, path: Path, tables: list[Path]) -> Source | None:
         return None
     unnamed = [image for image in tree.images if image not in rows.taken]
     skipped = [
-        *tree.skipped,
         *rows.skipped,
         *((tree.name(image), "no row of a CSV file names it") for image in unnamed),
     ]
@@ -123,18 +122,8 @@ def _source(tree: Tree, path: Path, tables: list[Path]) -> Source | None:
     if unnamed:
         notes.append(f"{len(unnamed):,} of {len(tree.images):,} image files are left out, as no row names them")
     used = [*tables, *sorted(rows.taken)]
-    return Source(
-        "csv",
-        path,
-        tuple(used),
-        fingerprint(tree.root, used),
-        tuple(skipped),
-        len(others),
-        others,
-        tuple(tree.litter),
-        notes=tuple(notes),
-        detail=tuple(_numbered(list(rows.taken.values()))),
-    )
+    detail = tuple(_numbered(list(rows.taken.values())))
+    return tree.source("csv", used, others, skipped=skipped, path=path, notes=tuple(notes), detail=detail)
 
 
 class _Files:

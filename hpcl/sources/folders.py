@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hpcl.decode import Item
 from hpcl.files import read_some
-from hpcl.sources.source import SPLIT_CODES, Source, fingerprint
+from hpcl.sources.source import SPLIT_CODES, Source
 from hpcl.sources.walk import Tree
 
 _CONTAINERS = {"images", "image", "imgs", "img"}
@@ -47,18 +47,7 @@ def look(tree: Tree) -> Source | None:
     others = [tree.name(path) for path in tree.others if path not in lists]
     empty = [name for name in tree.folders if name not in holding]
     outermost = tuple(name for name in empty if name.rpartition("/")[0] not in empty)
-    return Source(
-        "folder",
-        tree.root,
-        tuple(tree.images),
-        fingerprint(tree.root, [*tree.images, *lists]),
-        tuple(tree.skipped),
-        len(others),
-        tuple(others),
-        tuple(tree.litter),
-        outermost,
-        detail=tuple(lists),
-    )
+    return tree.source("folder", tree.images, others, lists=lists, empty=outermost, detail=tuple(lists))
 
 
 def items(source: Source) -> Iterator[Item]:

@@ -83,18 +83,9 @@ def look(tree: Tree) -> Source | None:
         return None
     used = sorted({each.path for each in sets})
     others = [tree.name(path) for path in [*tree.others, *tree.images] if path not in set(candidates)]
-    return Source(
-        "npz",
-        tree.root,
-        tuple(used),
-        fingerprint(tree.root, used),
-        (*tree.skipped, *((tree.name(path), reason) for path, reason in failed)),
-        len(others),
-        tuple(others),
-        tuple(tree.litter),
-        notes=(f"taken as npz files; its {len(tree.images):,} image files are not read",) if tree.images else (),
-        detail=tuple(sets),
-    )
+    skipped = ((tree.name(path), reason) for path, reason in failed)
+    notes = (f"taken as npz files; its {len(tree.images):,} image files are not read",) if tree.images else ()
+    return tree.source("npz", used, others, skipped=skipped, notes=notes, detail=tuple(sets))
 
 
 def look_at_file(path: Path) -> Source:

@@ -47,17 +47,8 @@ def look(tree: Tree) -> Source | None:
     if not tables or (tree.images and not any(_has_images(file) for file in tables)):
         return None
     others = [tree.name(path) for path in [*tree.others, *tree.images] if path not in set(tables)]
-    return Source(
-        "parquet",
-        tree.root,
-        tuple(tables),
-        fingerprint(tree.root, tables),
-        tuple(tree.skipped),
-        len(others),
-        tuple(others),
-        tuple(tree.litter),
-        notes=(f"taken as Parquet files; its {len(tree.images):,} image files are not read",) if tree.images else (),
-    )
+    notes = (f"taken as Parquet files; its {len(tree.images):,} image files are not read",) if tree.images else ()
+    return tree.source("parquet", tables, others, notes=notes)
 
 
 def look_at_file(path: Path) -> Source:

@@ -48,10 +48,8 @@ class Source:
     """Changes when a file's name, size or time of change does."""
     skipped: tuple[tuple[str, str], ...] = ()
     """Entries that give no image, with the reason."""
-    other_files: int = 0
-    """Files that are no images."""
     others: tuple[str, ...] = field(default=(), repr=False)
-    """Their names."""
+    """Names of files that are no images."""
     litter: tuple[tuple[str, str], ...] = ()
     """Hidden files and what other systems leave behind, with what each is; left out everywhere."""
     empty: tuple[str, ...] = ()
@@ -60,6 +58,11 @@ class Source:
     """Sentences on how the source was understood where it might be understood otherwise."""
     detail: Any = field(default=None, compare=False, repr=False)
     """What the reader of this kind found, so that it need not look again."""
+
+    @property
+    def other_files(self) -> int:
+        """Number of files that are no images."""
+        return len(self.others)
 
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:

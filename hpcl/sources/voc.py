@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpcl.decode import Item
 from hpcl.files import read_some
-from hpcl.sources.source import SPLIT_CODES, DataError, Source, fingerprint
+from hpcl.sources.source import SPLIT_CODES, DataError, Source
 from hpcl.sources.walk import Tree
 
 _LISTS = ("train", "val", "trainval", "test")
@@ -56,18 +56,7 @@ def look(tree: Tree) -> Source | None:
         f"taken as VOC layout ({', '.join(root or '.' for root in roots)}): images without labels, splits by lists",
     )
     files = (*(path for path, _ in found.images), *found.lists)
-    return Source(
-        "voc",
-        tree.root,
-        files,
-        fingerprint(tree.root, files),
-        (*tree.skipped, *found.skipped),
-        len(others),
-        tuple(others),
-        tuple(tree.litter),
-        notes=notes,
-        detail=tuple(found.images),
-    )
+    return tree.source("voc", files, others, skipped=found.skipped, notes=notes, detail=tuple(found.images))
 
 
 def items(source: Source) -> Iterator[Item]:

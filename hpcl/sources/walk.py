@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from hpcl.sources.source import Source, fingerprint
 
 IMAGE_ENDINGS = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
@@ -38,6 +42,40 @@ class Tree:
     def ending(self, *endings: str) -> list[Path]:
         """The other files whose names end so."""
         return [path for path in self.others if path.suffix.lower() in endings]
+
+    def source(
+        self,
+        kind: str,
+        files: Iterable[Path],
+        others: Iterable[str],
+        *,
+        skipped: Iterable[tuple[str, str]] = (),
+        path: Path | None = None,
+        lists: Iterable[Path] = (),
+        **more: Any,
+    ) -> Source:
+        """The folder as a source.
+
+        Args:
+            kind: of it.
+            files: that are read.
+            others: names of those that are not.
+            skipped: entries that give no image beside those of the folder itself.
+            path: of the source, where it is not the folder.
+            lists: other files that are read, and count for the fingerprint.
+            more: other fields of :class:`hpcl.sources.source.Source`.
+        """
+        files = tuple(files)
+        return Source(
+            kind,
+            path or self.root,
+            files,
+            fingerprint(self.root, [*files, *lists]),
+            skipped=(*self.skipped, *skipped),
+            others=tuple(others),
+            litter=tuple(self.litter),
+            **more,
+        )
 
 
 def walk(root: Path) -> Tree:
