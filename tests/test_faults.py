@@ -134,6 +134,7 @@ def test_trials_at_a_time_follow_the_machines(cluster: Any, search: Any) -> None
     raylets.wait_for(lambda: free(cluster), LIMIT, "free")
 
 
+@pytest.mark.slow
 def test_trials_share_a_gpu(cluster: Any, search: Any) -> None:
     with_gpu = cluster.add(gpus=1)
     shared = "workers: 1, cpus_per_worker: 0.4, gpus_per_worker: 0.5"

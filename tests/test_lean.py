@@ -90,6 +90,7 @@ def one_trial(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.slow
 def test_a_stop_keeps_the_ranks_for_the_next_trial_and_a_death_frees_them(tmp_path: Path) -> None:
     folder = tmp_path / "ranks"
     folder.mkdir()
