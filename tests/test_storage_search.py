@@ -131,6 +131,7 @@ def drop_newest_rows(folder: Path) -> int:
     return len(rows)
 
 
+@pytest.mark.slow
 def test_a_search_in_a_store_goes_on_from_another_machine(server: Server, tmp_path: Path) -> None:
     uri = server.uri("killed")
     folder = place(at(uri, "mine"))
