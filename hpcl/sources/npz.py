@@ -191,8 +191,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except (
         zipfile.BadZipFile,
         zlib.error,
-        NotImplementedError,
-        RuntimeError,
+        NotImplementedError,  # zipfile's, where members are packed in a way it does not know
+        RuntimeError,  # likewise, where they are encrypted
         EOFError,
         ValueError,
         MemoryError,
