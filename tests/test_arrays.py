@@ -279,6 +279,27 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     assert done.returncode == 0 and ("no whole npz file" in done.stdout or done.stdout == "10\n"), done
 
 
+@pytest.mark.parametrize(
+    ("version", "flags", "method", "words"),
+    [
+        (20, 0, 99, "encrypted or compressed in a way that numpy does not write"),
+        (20, 1, 8, "encrypted or compressed in a way that numpy does not write"),
+        (99, 0, 8, "is no whole npz file"),
+    ],
+    ids=["unknown packing", "encrypted", "of a later zip"],
+)
+def test_archives_that_zipfile_cannot_unpack_are_told(
+    version: int, flags: int, method: int, words: str, tmp_path: Path
+) -> None:
+    path = archive(tmp_path / "set.npz", header("(10, 10, 10)") + bytes(1000))
+    content = bytearray(path.read_bytes())
+    for signature, at in ((b"PK\x03\x04", 4), (b"PK\x01\x02", 6)):  # the version comes first in both headers
+        place = content.index(signature) + at
+        content[place : place + 6] = struct.pack("<HHH", version, flags, method)
+    path.write_bytes(content)
+    assert words in refusal(path)
+
+
 def test_bytes_after_the_images_are_not_read_as_images(tmp_path: Path) -> None:
     held = io.BytesIO()
     np.save(held, IMAGES)

@@ -191,8 +191,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except (
         zipfile.BadZipFile,
         zlib.error,
-        NotImplementedError,  # zipfile's, where members are packed in a way it does not know
-        RuntimeError,  # likewise, where they are encrypted
+        NotImplementedError,  # zipfile's, of an archive that needs a later version of it
+        RuntimeError,
         EOFError,
         ValueError,
         MemoryError,
