@@ -12,9 +12,12 @@ Names in brackets are PCL's (Li et al., ICLR 2021, ``main_pcl.py``).
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hpcl.methods import METHODS, Name
 
 STAGES = (1, 2, 3, 4, 5)
 """The five stages, in order (METHOD: encoder, MLP, all, MLP, all)."""
@@ -155,15 +158,21 @@ class Moco(Section):
     shuffle_keys: bool = True
     """Shuffle the key batch over ranks and BatchNorm splits (MoCo's ShuffleBN);
     without effect on one rank with `bn_splits` 1."""
+    select: bool = False
+    """Instance selection (HCSC): once there are clusters, a key is a negative with the
+    probability that it lies in another cluster than the query."""
 
 
 class Optimizer(Section):
-    """SGD; the learning rates stand in `stages`."""
+    """How weights are updated; the learning rates stand in `stages`."""
 
+    kind: Literal["sgd", "lars"] = "sgd"
+    """`sgd` with momentum, or `lars`: each layer's step in proportion to its weights
+    (You et al., 2017; SimCLR for large batches, with learning rates near 0.3 batch/256)."""
     batch: Annotated[int, Field(ge=2)] = 512
     """Images per step, summed over ranks [batch_size]."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD or LARS."""
     weight_decay: NonNegative = 5e-4
     """L2 penalty [wd]."""
 
@@ -222,6 +231,9 @@ class Clusters(Section):
     """Growth factor m of the count sequence: next(k) = max(k + 1, ceil(m k))."""
     levels: Annotated[int, Field(ge=1, le=8)] = 3
     """Consecutive counts of the sequence in use at once [len(num_cluster)]."""
+    counts: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] | None = None
+    """Counts of the levels, coarse to fine, in place of the sequence of `first`, `multiplier`
+    and `levels` [num_cluster]; they do not grow."""
     maximum: Count | None = None
     """Largest count of the finest level; null: a tenth of the training images."""
     size_tolerance: Annotated[float, Field(gt=0.0, le=1.0)] | None = 1 / 3
@@ -233,6 +245,13 @@ class Clusters(Section):
     """Lloyd iterations of a cold start."""
     warm_iterations: Annotated[int, Field(ge=1, le=100)] = 4
     """Lloyd iterations of a warm start or after a split."""
+    nesting: Literal["free", "tree"] = "free"
+    """`free`: every level is clustered by itself, starting from the one above; `tree`: the
+    finest level is clustered and each coarser one groups the prototypes below it (HCSC), so
+    that clusters lie inside each other; `size_tolerance` then binds the finest level alone."""
+    features: Literal["forward", "bank"] = "forward"
+    """What is clustered: features of a `forward` pass over the training images, or a `bank`
+    of the keys seen during the last epoch, which costs no pass but is older and augmented."""
     space: Literal["auto", "encoder", "embedding"] = "auto"
     """Where stage 2 clusters: `auto` uses the encoder's outputs there (its MLP is
     still random) and embeddings from stage 3 on."""
@@ -288,6 +307,18 @@ class Prototypes(Section):
     """r: sampled negative prototypes where not all are used [pcl_r]."""
     max_in_loss: Count = 4096
     """`unique` uses all prototypes of a level up to so many clusters."""
+    select: bool = False
+    """Prototype selection (HCSC): a prototype is a negative with the probability that it lies
+    below another prototype of the next coarser level than the image's own does."""
+
+
+class Density(Section):
+    """The notes' balanced density: concentrations phi that differ less, guided from above."""
+
+    shrink: Fraction = 0.0
+    """b: phi becomes phi^(1 - b), rescaled to its mean; 1: all alike."""
+    parent: Fraction = 0.0
+    """beta: share of the phi of the prototype above (nearest, or of the tree) in each phi."""
 
 
 class TopK(Section):
@@ -347,6 +378,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """All randomness of the run is a function of this seed (and of purpose, stage,
     epoch, step or image)."""
+    method: Name = "hpcl"
+    """What is trained: `hpcl`, or one of its peers `moco`, `pcl`, `hcsc`, `simclr`; what each is
+    composed of, and its defaults of other fields, stand in :mod:`hpcl.methods`."""
     data: Data = Data()
     augment: Augment = Augment()
     model: Model = Model()
@@ -357,14 +391,33 @@ class Config(Section):
     clusters: Clusters = Clusters()
     growth: Growth = Growth()
     prototypes: Prototypes = Prototypes()
+    density: Density = Density()
     topk: TopK = TopK()
     meters: Meters = Meters()
     runtime: Runtime = Runtime()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_method(cls, tree: Any) -> Any:
+        """Put a method's defaults where the tree says nothing."""
+        name = tree.get("method") if isinstance(tree, dict) else None
+        if not isinstance(name, str) or name not in METHODS:
+            return tree
+        tree = dict(tree)
+        for path, value in METHODS[name].defaults.items():
+            section, _, field = path.partition(".")
+            given = tree.get(section, {})
+            if isinstance(given, Section) and field not in given.model_fields_set:
+                tree[section] = given.model_copy(update={field: value})
+            elif isinstance(given, dict) and field not in given:
+                tree[section] = {**given, field: value}
+        return tree
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         problems = []
-        if self.moco.queue % self.optimizer.batch:
+        method = METHODS[self.method]
+        if method.has_queue and self.moco.queue % self.optimizer.batch:
             problems.append(
                 f"moco.queue is {self.moco.queue}, but must be a multiple of optimizer.batch ({self.optimizer.batch})"
             )
@@ -374,14 +427,17 @@ class Config(Section):
         active = sum(1 for epochs in lengths.values() if epochs)
         if self.stages.total is not None and self.stages.total < active:
             problems.append(f"stages.total is {self.stages.total}, but {active} stages need at least one epoch each")
+        counts = self.clusters.counts or ()
+        if any(fine <= coarse for coarse, fine in itertools.pairwise(counts)):
+            problems.append(f"clusters.counts is {list(counts)}, but must rise from coarse to fine")
         if self.head.kind == "none":
             for stage in HEAD_ONLY_STAGES:
-                if lengths[stage]:
+                if lengths[stage] and method.staged:
                     problems.append(
                         f"stages.stage{stage}.epochs is {lengths[stage]}, but must be 0 with head.kind none "
                         "(this stage trains nothing but the MLP)"
                     )
-            if self.head.attach == "replace":
+            if self.head.attach == "replace" and method.staged:
                 problems.append("head.attach is replace, but head.kind none has no MLP to put in the fc's place")
         if problems:
             raise ValueError("; ".join(problems))
@@ -403,11 +459,20 @@ class Config(Section):
     def with_values(self, values: dict[str, Any]) -> Config:
         """A validated copy with the fields at these dotted paths replaced.
 
+        Where `method` changes, fields that have the old method's defaults take the new one's.
+
         Raises:
             pydantic.ValidationError: a value does not fit its field.
             KeyError: no such field.
         """
         tree = self.model_dump()
+        if (method := values.get("method", self.method)) != self.method and method in METHODS:
+            old = METHODS[self.method].defaults
+            for path in {**old, **METHODS[method].defaults}:
+                section, _, name = path.partition(".")
+                info = type(getattr(self, section)).model_fields[name]
+                if self.at(path) == old.get(path, info.default):
+                    del tree[section][name]
         for path, value in values.items():
             self.at(path)
             *sections, name = path.split(".")
@@ -418,9 +483,10 @@ class Config(Section):
         return Config.model_validate(tree)
 
 
-ACTS_FROM: dict[str, int | Literal["length", "growth"]] = {
-    **dict.fromkeys(("seed", "data", "augment", "model", "moco", "optimizer", "meters", "runtime"), 1),
-    **dict.fromkeys(("head", "clusters", "prototypes", "topk"), 2),
+ACTS_FROM: dict[str, int | Literal["length", "growth", "head"]] = {
+    **dict.fromkeys(("seed", "method", "data", "augment", "model", "moco", "optimizer", "meters", "runtime"), 1),
+    **dict.fromkeys(("clusters", "prototypes", "density", "topk", "moco.select"), 2),
+    "head": "head",
     "clusters.backend": 1,
     "growth": "growth",
     "growth.stages": 2,
@@ -430,7 +496,9 @@ ACTS_FROM: dict[str, int | Literal["length", "growth"]] = {
 }
 """The first stage in which a field can change anything, by dotted path; the longest path
 that a field begins with counts. Runs that agree on all fields up to a stage are the same
-run up to its end (:mod:`hpcl.prefix` reads this).
+run up to its end (:mod:`hpcl.prefix` reads this, and knows what a method leaves unread).
+
+`head`: stage 2, or 1 where the method has no stages.
 
 `growth`: the first stage that grows and has epochs. `length`: that one or the stage itself,
 whichever is first, since theta runs over the epochs of the whole run; with `stages.total`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpcl.config import Config
+from hpcl.methods import METHODS
 
 
 def data_problems(config: Config, num_images: int, ranks: int = 1) -> list[str]:
@@ -31,13 +32,17 @@ def data_problems(config: Config, num_images: int, ranks: int = 1) -> list[str]:
         )
     if batch > num_images:
         problems.append(f"optimizer.batch is {batch}, but there are only {num_images} training images")
-    if config.moco.queue > num_images // 2:
+    method = METHODS[config.method]
+    if method.has_queue and config.moco.queue > num_images // 2:
         most = num_images // 2 // batch * batch
         advice = f"; {most} is the largest that fits a batch of {batch}" if most else "; lower optimizer.batch as well"
         problems.append(
             f"moco.queue is {config.moco.queue}, but may be at most half of the {num_images} training images{advice}"
         )
-    if config.clusters.first > num_images:
+    counts = config.clusters.counts
+    if method.prototypes and counts is not None and counts[-1] > num_images:
+        problems.append(f"clusters.counts is {list(counts)}, but there are only {num_images} training images")
+    elif method.prototypes and counts is None and config.clusters.first > num_images:
         problems.append(f"clusters.first is {config.clusters.first}, but there are only {num_images} training images")
     reference = config.meters.reference_clusters
     usable = min(num_images, config.meters.images)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,16 @@ class World:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
+
+    def all_gather_with_gradient(self, x: Tensor) -> Tensor:
+        """As :meth:`all_gather`; each rank's rows get the sum of all ranks' gradients for them.
+
+        For a loss that compares a rank's rows with everybody's, averaged over the ranks.
+        """
+        if self.size == 1:
+            return x
+        gathered: Tensor = _GatherRows.apply(x, self)
+        return gathered
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Sum over ranks of a tensor of equal shape."""
@@ -83,6 +94,20 @@ class World:
         rows = self.all_gather(padded).view(self.size, longest, *x.shape[1:])
         sizes = [count // self.size + (r < count % self.size) for r in range(self.size)]
         return torch.cat([rows[r, :n] for r, n in enumerate(sizes)])
+
+
+class _GatherRows(torch.autograd.Function):
+    """The autograd function of :meth:`World.all_gather_with_gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        ctx.world, ctx.rows = world, len(x)
+        return world.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        start = ctx.world.rank * ctx.rows
+        return ctx.world.all_reduce_sum(gradient)[start : start + ctx.rows], None
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,11 +4,15 @@ METHOD 3: L consecutive counts of the sequence are in use at once; growth moves
 the window of counts by one, so every level keeps the assignment of the level
 that had its count, and only the finest is new: it is split from the old finest.
 
+With ``clusters.nesting: tree`` the finest level alone is clustered; each coarser one
+groups the prototypes below it (HCSC, Guo et al. 2022).
+
 Legend: N training images, D embedding, M clusters of a level, L levels.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from hpcl.config import Config
 from hpcl.dist import World
 from hpcl.growth import level_counts
 from hpcl.kmeans import bounded_kmeans, split_labels
-from hpcl.prototypes import Level, make_level
+from hpcl.prototypes import Level, balanced, make_level, parents
 from hpcl.rng import seed_of
 
 
@@ -38,6 +42,8 @@ class Hierarchy:
     @property
     def counts(self) -> tuple[int, ...]:
         """Clusters per level, coarse to fine; levels above `maximum` are left out (one always stays)."""
+        if self._options.counts is not None:
+            return self._options.counts
         counts = self._counts_at(self._position)
         return tuple(c for c in counts if c <= self.maximum) or (min(counts[0], self.maximum),)
 
@@ -63,22 +69,54 @@ class Hierarchy:
         Returns:
             One level per count, coarse to fine.
         """
+        counts, tree = self.counts, self._options.nesting == "tree"
         labels: list[Tensor] = []
-        for depth, count in enumerate(self.counts):
+        for depth in [len(counts) - 1] if tree else range(len(counts)):
             if world.rank == 0:
                 parent = labels[-1] if labels else None
-                assignment = self._assign(
-                    features, count, depth, parent, seed_of(self._config.seed, "cluster", stage, epoch, depth)
-                )
+                assignment = self._assign(features, counts[depth], depth, parent, self._seed(stage, epoch, depth))
             else:
                 assignment = torch.empty(len(features), dtype=torch.long, device=features.device)
             labels.append(world.broadcast(assignment))
-        self._labels = labels
-        temperature = self._config.moco.temperature
-        return [
-            make_level(assignment, embeddings, count, temperature)
-            for assignment, count in zip(labels, self.counts, strict=True)
-        ]
+        temperature, density = self._config.moco.temperature, self._config.density
+        if tree:
+            levels = self._tree(labels[-1], embeddings, stage, epoch, world)
+        else:
+            levels = [
+                make_level(assignment, embeddings, count, temperature)
+                for assignment, count in zip(labels, counts, strict=True)
+            ]
+            for depth in range(1, len(levels)):
+                above = parents(levels[depth].prototypes, levels[depth - 1].prototypes)
+                levels[depth] = replace(levels[depth], parent=above)
+        self._labels = [level.cluster_of_image for level in levels]
+        return balanced(levels, density.shrink, density.parent, temperature)
+
+    def _tree(self, finest: Tensor, embeddings: Tensor, stage: int, epoch: int, world: World) -> list[Level]:
+        """Levels coarse to fine, each coarser one grouping the prototypes of the one below.
+
+        A coarse prototype is the mean of those below it, each counted once.
+        """
+        counts, temperature = self.counts, self._config.moco.temperature
+        levels = [make_level(finest, embeddings, counts[-1], temperature)]
+        for depth in reversed(range(len(counts) - 1)):
+            below = levels[0]
+            groups = bounded_kmeans(
+                below.prototypes,
+                counts[depth],
+                tolerance=None,
+                seed=self._seed(stage, epoch, depth),
+                iterations=self._options.iterations,
+                backend=self._options.backend,
+            )
+            parent, centroids = world.broadcast(groups.labels), world.broadcast(groups.centroids)
+            levels[0] = replace(below, parent=parent)
+            images, centroids = parent[below.cluster_of_image], centroids.to(embeddings.dtype)
+            levels.insert(0, make_level(images, embeddings, counts[depth], temperature, centroids))
+        return levels
+
+    def _seed(self, stage: int, epoch: int, depth: int) -> int:
+        return seed_of(self._config.seed, "cluster", stage, epoch, depth)
 
     def _assign(self, features: Tensor, count: int, depth: int, parent: Tensor | None, seed: int) -> Tensor:
         """One level: from its own last assignment, else split from the level above, else from scratch."""

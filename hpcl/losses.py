@@ -1,4 +1,4 @@
-"""The contrastive losses: InfoNCE, ProtoNCE and the top-K prototype loss.
+"""The contrastive losses: InfoNCE, NT-Xent, ProtoNCE and the top-K prototype loss.
 
 Functions of tensors alone; each is differentiable in the queries, computes in at
 least float32 whatever autocast is on, and never waits for the device (the one
@@ -12,8 +12,9 @@ M prototypes (clusters) of a level, n columns of ProtoNCE.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,37 @@ from torch import Tensor
 Targets = Literal["unique", "adjusted", "pcl"]
 
 
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+class Similarity(Protocol):
+    """Logits of pairs of unit vectors; a head may have its own, for several similarities at once."""
+
+    def pairs(self, u: Tensor, v: Tensor) -> Tensor:
+        """(..., n): of row i of (n, D) with row i of (n, D)."""
+        ...
+
+    def against(self, u: Tensor, v: Tensor) -> Tensor:
+        """(..., n, m): of each of (n, D) with each of (m, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """``u.v / T``."""
+
+    temperature: float
+    """T, above 0."""
+
+    def pairs(self, u: Tensor, v: Tensor) -> Tensor:
+        """(n,)."""
+        return (u * v).sum(dim=1) / self.temperature
+
+    def against(self, u: Tensor, v: Tensor) -> Tensor:
+        """(n, m)."""
+        return u @ v.T / self.temperature
+
+
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, similarity: Similarity, keeps: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
     """InfoNCE of each query against its own key and the queue, and its top-1 accuracy.
 
     ``L = mean_i -log( exp(q_i.k_i/T) / (exp(q_i.k_i/T) + sum_j exp(q_i.queue_j/T)) )``
@@ -34,19 +65,74 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[T
         k: (b, D) unit keys, key i of the same image as query i.
         queue: (K, D) unit keys of other images, K >= 1. It is saved for the backward
             pass: enqueue after that.
-        temperature: T, above 0 [moco_t].
+        similarity: the logits, of the paper `Cosine(T)` [moco_t].
+        keeps: (b, K) bool each, negatives that count in the loss (:mod:`hpcl.selection`), which is
+            then the mean over them; none: all count.
 
     Returns:
         (loss, accuracy), scalars; accuracy in 0..1, without gradient.
     """
     with torch.autocast(q.device.type, enabled=False):
         q = _full(q)
-        k, queue = k.to(q.dtype), queue.to(q.dtype)
-        own = (q * k).sum(dim=1) / temperature
-        others = q @ queue.T / temperature
-        loss = (torch.logaddexp(own, others.logsumexp(dim=1)) - own).mean()
-        right = own.detach() > others.detach().amax(dim=1)
+        own, others = similarity.pairs(q, k.to(q.dtype)), similarity.against(q, queue.to(q.dtype))
+        if not keeps:
+            return contrast(own, others)
+        losses, accuracies = zip(*(contrast(own, others, keep) for keep in keeps), strict=True)
+        return torch.stack(losses).mean(), accuracies[0]
+
+
+def contrast(own: Tensor, others: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``mean -log( exp(own) / (exp(own) + sum_j exp(others_j)) )`` of logits, and how often own is largest.
+
+    Args:
+        own: (...) logits of the positives.
+        others: (..., K) logits of the negatives.
+        keep: bool, broadcast to `others`: the negatives that the loss counts; None: all. A row
+            without any has loss 0. The accuracy counts all of them, so that it means the same
+            with and without a selection.
+
+    Returns:
+        (loss, accuracy), scalars; accuracy in 0..1, without gradient.
+    """
+    counted = others if keep is None else others.masked_fill(~keep, -math.inf)
+    loss = (torch.logaddexp(own, counted.logsumexp(dim=-1)) - own).mean()
+    right = own.detach() > others.detach().amax(dim=-1)
     return loss, right.to(loss.dtype).mean()
+
+
+def nt_xent(
+    first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, start: int, similarity: Similarity
+) -> tuple[Tensor, Tensor]:
+    """NT-Xent of two views of each image against the other views of the batch, and its top-1 accuracy.
+
+    ``l(i, j) = -log( exp(z_i.z_j/T) / sum_{k != i} exp(z_i.z_k/T) )``, the mean over both
+    views of every image, j the other view of i's image and k over all 2 B views (Chen et al.,
+    2020, SimCLR, eq. 1).
+
+    Args:
+        first, second: (b, D) unit embeddings of the two views of this rank's images.
+        all_first, all_second: (B, D) the same of the whole batch; with gradient, as negatives
+            move too.
+        start: place of this rank's images among the B.
+        similarity: the logits, of the paper `Cosine(T)`.
+
+    Returns:
+        (loss, accuracy), scalars; accuracy in 0..1, without gradient.
+
+    Raises:
+        ValueError: B is 1: there is nothing to contrast with.
+    """
+    if len(all_first) < 2:
+        raise ValueError("the batch has 1 image, but must have at least 2")
+    with torch.autocast(first.device.type, enabled=False):
+        first, second = _full(first), _full(second)
+        views = torch.cat([_full(all_first), _full(all_second)])
+        anchors = torch.cat([first, second])
+        own, others = similarity.pairs(anchors, torch.cat([second, first])), similarity.against(anchors, views)
+        # of its 2 B views an image's own two are no negatives
+        places = torch.arange(len(first), device=first.device).repeat(2) + start
+        image_of_view = torch.arange(len(all_first), device=first.device).repeat(2)
+        return contrast(own, others.masked_fill(image_of_view == places.unsqueeze(1), -math.inf))
 
 
 @dataclass(frozen=True)
@@ -115,7 +201,12 @@ def proto_columns(
 
 
 def proto_nce(
-    q: Tensor, prototypes: Tensor, concentration: Tensor, columns: Tensor, target: Tensor
+    q: Tensor,
+    prototypes: Tensor,
+    concentration: Tensor,
+    columns: Tensor,
+    target: Tensor,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """ProtoNCE of each query at one level, and its top-1 accuracy.
 
@@ -131,15 +222,18 @@ def proto_nce(
         concentration: (M,) phi of each prototype, above 0.
         columns: (n,) long, `Columns.ids`.
         target: (b,) long, this rank's part of `Columns.target_of_image`.
+        keep: (b, M) bool, the prototypes that count in a query's loss (:mod:`hpcl.selection`),
+            its own always; None: all. The accuracy counts all.
 
     Returns:
         (loss, accuracy), scalars; accuracy in 0..1, without gradient.
     """
     with torch.autocast(q.device.type, enabled=False):
         q = _full(q)
-        contrast = (_full(prototypes) / _full(concentration).unsqueeze(1))[columns].to(q.dtype)
-        logits = q @ contrast.T
-        loss = F.cross_entropy(logits, target)
+        scaled = (_full(prototypes) / _full(concentration).unsqueeze(1))[columns].to(q.dtype)
+        logits = q @ scaled.T
+        counted = logits if keep is None else logits.masked_fill(~keep[:, columns], -math.inf)
+        loss = F.cross_entropy(counted, target)
         # Equal columns may differ in the last bit of the product, so argmax alone
         # could name any of them.
         first = _first_column(columns, len(prototypes))

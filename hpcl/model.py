@@ -335,6 +335,10 @@ class MomentumPair(nn.Module):
             queries += self.query.get_submodule(name).parameters()
         torch._foreach_lerp_(keys, queries, 1.0 - momentum)
 
+    def copy_query(self) -> None:
+        """Make the key network equal to the query network, statistics too, where there is no momentum encoder."""
+        self.key.load_state_dict(self.query.state_dict())
+
     def copy_head(self) -> None:
         """Make the key MLP equal to the query MLP (at the start of stage 2); nothing without an MLP."""
         if self.query.mlp is not None and self.key.mlp is not None:

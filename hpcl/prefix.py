@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcl.config import ACTS_FROM, STAGES, Config
+from hpcl.methods import METHODS, reads
 from hpcl.stages import stage_lengths
 
 _HERE = Path(__file__).parent
@@ -25,8 +26,8 @@ _HERE = Path(__file__).parent
 def acts_from(path: str, config: Config) -> int:
     """The first stage, 1 to 5, in which the field at a dotted path can change anything.
 
-    It depends on the stage lengths and growth stages of `config`: over several
-    configurations the smallest counts. A growth field that never acts gives 5.
+    It depends on the method, stage lengths and growth stages of `config`: over several
+    configurations the smallest counts. A field that never acts gives 5.
 
     Raises:
         KeyError: no such field, or one that :data:`hpcl.config.ACTS_FROM` does not declare.
@@ -46,9 +47,16 @@ def _first_stage(path: str, config: Config, growing: list[int]) -> int:
         if not dot:
             raise KeyError(path)
     declared = ACTS_FROM[name]
+    if not reads(config.method, path):
+        return STAGES[-1]
+    staged = METHODS[config.method].staged
     growth = growing[0] if growing else STAGES[-1]
     if declared == "growth":
         return growth
+    if declared == "head":
+        return 2 if staged else 1
+    if declared == "length" and not staged:  # the learning rate's schedule runs over the whole run
+        return 1
     if declared == "length":
         return 1 if config.stages.total is not None else min(growth, int(path.split(".")[1].removeprefix("stage")))
     return declared
@@ -60,7 +68,8 @@ def prefix_content(config: Config, stage: int) -> dict[str, Any]:
     Fields that act up to there with their values as in JSON; the stages' lengths as they
     are trained (scaled), learning rate and schedule where the length is above 0;
     ``growth.stages`` only those reached; ``total_epochs``, the run's length, where growth
-    was asked (theta) or the run is over (kNN and objective of a last epoch).
+    was asked (theta), the run is over (kNN and objective of a last epoch), or the method has
+    one schedule for the whole run.
 
     Raises:
         ValueError: `stage` is not 1 to 5.
@@ -75,15 +84,19 @@ def prefix_content(config: Config, stage: int) -> dict[str, Any]:
         for path, value in _fields(config.model_dump(mode="json", exclude={"stages": True, "growth": {"stages"}}))
         if _first_stage(path, config, all_growing) <= reached
     }
+    staged = METHODS[config.method].staged
     for s in STAGES[:stage]:
         content[f"stages.stage{s}.epochs"] = lengths[s - 1]
-        if lengths[s - 1]:
+        if lengths[s - 1] and staged:
             content[f"stages.stage{s}.lr"] = config.stages.of(s).lr
             content[f"stages.stage{s}.schedule"] = config.stages.of(s).schedule
     growing = _growing(config, stage)
     if growing:
         content["growth.stages"] = growing
-    if growing or sum(lengths[:stage]) == sum(lengths):
+    if not staged and reached:
+        content["stages.stage1.lr"] = config.stages.stage1.lr
+        content["stages.stage1.schedule"] = config.stages.stage1.schedule
+    if growing or not staged or sum(lengths[:stage]) == sum(lengths):
         content["total_epochs"] = sum(lengths)
     return content
 
@@ -125,6 +138,8 @@ def code_version(root: Path = _HERE) -> str:
 def _growing(config: Config, stage: int) -> list[int]:
     """Stages up to this one that have epochs and may grow, in order."""
     lengths = stage_lengths(config.stages)
+    if not METHODS[config.method].grows or config.clusters.counts is not None:
+        return []
     return [s for s in STAGES[:stage] if lengths[s - 1] and s in config.growth.stages]
 
 

@@ -8,7 +8,8 @@ Legend: N images, D embedding, M prototypes (clusters) of the level.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class Level:
     """(M,) phi, the temperature of each prototype; mean T."""
     sizes: Tensor
     """(M,) long, images in each cluster; at least 1."""
+    parent: Tensor | None = None
+    """(M,) long, prototype of the next coarser level above each; None on the coarsest."""
 
     @property
     def num_clusters(self) -> int:
@@ -50,7 +53,13 @@ class Level:
         return len(self.prototypes)
 
 
-def make_level(cluster_of_image: Tensor, embeddings: Tensor, num_clusters: int, temperature: float) -> Level:
+def make_level(
+    cluster_of_image: Tensor,
+    embeddings: Tensor,
+    num_clusters: int,
+    temperature: float,
+    centroids: Tensor | None = None,
+) -> Level:
     """The level that an assignment makes in the space of these embeddings.
 
     The embeddings need not be what was clustered: stage 2 clusters the encoder's
@@ -61,6 +70,7 @@ def make_level(cluster_of_image: Tensor, embeddings: Tensor, num_clusters: int, 
         embeddings: (N, D) unit vectors, float32 or float64.
         num_clusters: M.
         temperature: T, mean of the concentrations.
+        centroids: (M, D) centres, not normalised; None: the means of the clusters.
 
     Raises:
         ValueError: a cluster is empty.
@@ -72,13 +82,44 @@ def make_level(cluster_of_image: Tensor, embeddings: Tensor, num_clusters: int, 
         raise ValueError(
             f"cluster_of_image has {len(sizes)} clusters with {empty} empty, but must fill all of {num_clusters}"
         )
-    means = _sums(embeddings, cluster_of_image, num_clusters) / sizes.unsqueeze(1)
+    if centroids is None:
+        centroids = _sums(embeddings, cluster_of_image, num_clusters) / sizes.unsqueeze(1)
     return Level(
         cluster_of_image=cluster_of_image,
-        prototypes=F.normalize(means, dim=1).to(embeddings.dtype),
-        concentration=concentration(embeddings, cluster_of_image, means, temperature),
+        prototypes=F.normalize(centroids, dim=1).to(embeddings.dtype),
+        concentration=concentration(embeddings, cluster_of_image, centroids, temperature),
         sizes=sizes,
     )
+
+
+def parents(prototypes: Tensor, above: Tensor) -> Tensor:
+    """(M,) long: the nearest of the prototypes above (M', D) for each of (M, D), by cosine."""
+    return (prototypes @ above.T).argmax(dim=1)
+
+
+def balanced(levels: Sequence[Level], shrink: float, parent: float, temperature: float) -> list[Level]:
+    """The levels with concentrations that differ less and follow those above (the notes' balanced density).
+
+    ``phi <- phi^(1 - b)``, rescaled to mean T; then from coarse to fine
+    ``phi_c <- (1 - beta) phi_c + beta phi_parent(c)``, rescaled again.
+
+    Args:
+        levels: coarse to fine, each but the first with its `parent`.
+        shrink: b in 0..1; 0 leaves phi as it is.
+        parent: beta in 0..1; 0 leaves phi as it is.
+        temperature: T, above 0.
+    """
+    if not shrink and not parent:
+        return list(levels)
+    result: list[Level] = []
+    for level in levels:
+        phi = level.concentration.double() ** (1.0 - shrink)
+        phi = phi * (temperature / phi.mean())
+        if result and level.parent is not None:
+            phi = (1.0 - parent) * phi + parent * result[-1].concentration.double()[level.parent]
+            phi = phi * (temperature / phi.mean())
+        result.append(replace(level, concentration=phi.to(level.concentration.dtype)))
+    return result
 
 
 def concentration(features: Tensor, cluster_of_image: Tensor, centroids_raw: Tensor, temperature: float) -> Tensor:

@@ -10,6 +10,9 @@ The five stages of the research notes (seed 000):
 
 Each has its own epochs, learning rate and schedule; a stage of 0 epochs is left
 out. Epochs are counted from 1 over the whole run.
+
+Methods without stages (:mod:`hpcl.methods`) train everything all the time: stage 1 is
+their warm-up without prototypes, the others are one with it and with each other.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from fractions import Fraction
 from typing import Literal
 
 from hpcl.config import HEAD_ONLY_STAGES, STAGES, Config, Stages
+from hpcl.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class StagePlan:
     """Whether embeddings come out of the MLP, which then learns; else out of the fc."""
     may_grow: bool
     """Whether the growth policy is asked after each epoch."""
+    schedule_epochs: tuple[int, int]
+    """First and last epoch over which the learning rate's schedule runs: the stage, or the run."""
+    continues: bool = False
+    """Whether it goes on from the stage before: same weights, same optimizer, same output space."""
 
     @property
     def epochs(self) -> int:
@@ -93,25 +101,27 @@ def _apportion(weights: dict[int, int], total: int) -> dict[int, int]:
 
 def make_plan(config: Config) -> tuple[StagePlan, ...]:
     """The stages that this configuration runs, in order, without those of 0 epochs."""
-    plan = []
-    has_head = config.head.kind != "none"
+    plan: list[StagePlan] = []
+    method, lengths = METHODS[config.method], stage_lengths(config.stages)
     first = 1
-    for stage, epochs in zip(STAGES, stage_lengths(config.stages), strict=True):
+    for stage, epochs in zip(STAGES, lengths, strict=True):
         if epochs == 0:
             continue
-        settings = config.stages.of(stage)
-        uses_head = has_head and stage > 1
+        settings = config.stages.of(stage if method.staged else 1)
+        last = first + epochs - 1
         plan.append(
             StagePlan(
                 stage=stage,
                 first_epoch=first,
-                last_epoch=first + epochs - 1,
+                last_epoch=last,
                 lr=settings.lr,
                 schedule=settings.schedule,
-                trains_encoder=stage not in HEAD_ONLY_STAGES,
-                uses_prototypes=stage > 1,
-                uses_head=uses_head,
-                may_grow=stage in config.growth.stages,
+                trains_encoder=stage not in HEAD_ONLY_STAGES or not method.staged,
+                uses_prototypes=stage > 1 and method.prototypes,
+                uses_head=config.head.kind != "none" and (stage > 1 or not method.staged),
+                may_grow=method.grows and stage in config.growth.stages and config.clusters.counts is None,
+                schedule_epochs=(first, last) if method.staged else (1, sum(lengths)),
+                continues=bool(plan) and not method.staged,
             )
         )
         first += epochs
@@ -135,19 +145,19 @@ def stage_at(plan: Sequence[StagePlan], epoch: int) -> StagePlan:
     raise ValueError(f"epoch is {epoch}, but must be between 1 and {total_epochs(plan)}")
 
 
-def learning_rate(stage: StagePlan, step: int, steps_in_stage: int) -> float:
+def learning_rate(stage: StagePlan, step: int, num_steps: int) -> float:
     """The learning rate of one step: `lr`, or ``lr/2 (1 + cos(pi step / steps))``.
 
     Args:
         stage: the stage.
-        step: step within the stage, from 0.
-        steps_in_stage: steps of the whole stage, at least 1.
+        step: step within the stage's schedule, from 0.
+        num_steps: steps of the whole schedule, at least 1.
 
     Raises:
-        ValueError: `step` does not lie in 0..steps_in_stage.
+        ValueError: `step` does not lie in 0..num_steps.
     """
-    if steps_in_stage < 1 or not 0 <= step <= steps_in_stage:
-        raise ValueError(f"step is {step} of {steps_in_stage}, but must be between 0 and their number")
+    if num_steps < 1 or not 0 <= step <= num_steps:
+        raise ValueError(f"step is {step} of {num_steps}, but must be between 0 and their number")
     if stage.schedule == "constant":
         return stage.lr
-    return stage.lr * 0.5 * (1.0 + math.cos(math.pi * step / steps_in_stage))
+    return stage.lr * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))

@@ -1,4 +1,7 @@
-"""One training step of the method (METHOD 1): EMA, keys, queries, losses, update, enqueue.
+"""One training step (METHOD 1): EMA, keys, queries, losses, update, enqueue.
+
+Where the method's negatives are the batch itself (SimCLR), both views go through the query
+network with gradient, and there are no keys.
 
 Everything random is drawn for the whole global batch from the step's seed and then
 picked, so that R ranks compute what one rank would.
@@ -19,14 +22,13 @@ from hpcl.augment import apply_views, draw_views
 from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet
 from hpcl.dist import World
-from hpcl.losses import info_nce, proto_columns, proto_nce, topk_loss
+from hpcl.losses import Cosine
+from hpcl.methods import METHODS
 from hpcl.model import KeyQueue, MomentumPair
 from hpcl.prototypes import Level
 from hpcl.rng import generator, seed_of
 from hpcl.stages import StagePlan
-
-SUMS = ("loss", "loss_inst", "loss_proto", "acc_inst", "acc_proto")
-"""What :meth:`Step.take` gives, in this order, as means over this rank's queries."""
+from hpcl.training_loss import training_loss
 
 
 class Step:
@@ -38,6 +40,8 @@ class Step:
         self._config, self._pair, self._queue, self._images, self._world = config, pair, queue, images, world
         self._train_ids = torch.from_numpy(data.train)
         self._latest: tuple[Tensor, Tensor] | None = None
+        self.bank: Tensor | None = None
+        """(N, D) latest key of each training image, where a clustering asked for them; None: not kept."""
         self._shape = data.images.shape[1:]
         precision = config.runtime.precision
         if precision == "auto":
@@ -67,14 +71,24 @@ class Step:
             seed: names all random draws of the step.
 
         Returns:
-            (5,) float64 values as in :data:`SUMS`, on the device: no host sync.
+            (5,) float64 values as in :data:`hpcl.training_loss.SUMS`, on the device: no host sync.
         """
-        self._pair.ema(self._config.moco.momentum, plan)
-        views = ((0, 1), (1, 0)) if self._symmetric else ((0, 1),)
-        keys = [self.keys(positions, plan, seed, key_view) for _, key_view in views]
+        keys: list[Tensor] = []
+        if METHODS[self._config.method].has_queue:
+            self._pair.ema(self._config.moco.momentum, plan)
+            views = ((0, 1), (1, 0)) if self._symmetric else ((0, 1),)
+            keys = [self.keys(positions, plan, seed, key_view) for _, key_view in views]
+            pairs = [
+                (self._queries(net, positions, plan, seed, view), self._own(key))
+                for (view, _), key in zip(views, keys, strict=True)
+            ]
+        else:
+            pairs = [(self._queries(net, positions, plan, seed, 0), self._queries(net, positions, plan, seed, 1))]
+        ids = [level.cluster_of_image[positions.to(level.cluster_of_image.device)] for level in levels]
+        similarity = Cosine(self._config.moco.temperature)
         terms = [
-            self._losses(self._queries(net, positions, plan, seed, query_view), self._own(key), positions, levels, seed)
-            for (query_view, _), key in zip(views, keys, strict=True)
+            training_loss(self._config, self._world, *pair, self._queue.keys, ids, levels, similarity, seed)
+            for pair in pairs
         ]
         mean = torch.stack([torch.stack(term) for term in terms]).mean(0)
         optimizer.zero_grad(set_to_none=True)
@@ -82,6 +96,8 @@ class Step:
         optimizer.step()
         for key in keys:
             self._queue.enqueue(key)
+        if self.bank is not None and keys:
+            self.bank[positions.to(self.bank.device)] = keys[0]
         return mean.detach().double()
 
     @torch.no_grad()
@@ -108,7 +124,8 @@ class Step:
         """
         if not self._images.prefetches:
             return
-        places = [self._key_places(len(positions), seed, view) for view in ((1, 0) if self._symmetric else (1,))]
+        key_views = ((1, 0) if self._symmetric else (1,)) if METHODS[self._config.method].has_queue else ()
+        places = [self._key_places(len(positions), seed, view) for view in key_views]
         for place in (*places, torch.arange(len(positions))):
             self._images.prefetch(self._train_ids[positions[self._own(place)]])
 
@@ -147,52 +164,6 @@ class Step:
             self.dtype
         )
         return out.contiguous(memory_format=torch.channels_last) if out.is_cuda else out
-
-    def _losses(self, query: Tensor, key: Tensor, positions: Tensor, levels: list[Level], seed: int) -> list[Tensor]:
-        """Loss, InfoNCE, prototype loss, acc_inst and acc_proto of this rank's queries (b, D)."""
-        config = self._config
-        inst, acc_inst = info_nce(query, key, self._queue.keys, config.moco.temperature)
-        if not levels:
-            zero = torch.zeros_like(inst)
-            return [inst, inst, zero, acc_inst, zero]
-        per_level = [
-            self._level_loss(query, level, positions, generator(seed, "negatives", depth))
-            for depth, level in enumerate(levels)
-        ]
-        proto, acc_proto = torch.stack([torch.stack(pair) for pair in per_level]).mean(0)
-        return [inst + config.prototypes.weight * proto, inst, proto, acc_inst, acc_proto]
-
-    def _level_loss(
-        self, query: Tensor, level: Level, positions: Tensor, draw: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Prototype loss and acc_proto of one level: ProtoNCE, or the top-K loss where clusters are few."""
-        options, topk = self._config.prototypes, self._config.topk
-        of_batch = level.cluster_of_image[positions.to(level.cluster_of_image.device)]
-        columns = proto_columns(
-            of_batch,
-            level.num_clusters,
-            targets=options.targets,
-            max_in_loss=options.max_in_loss,
-            negatives=options.negatives,
-            generator=draw,
-        )
-        loss, accuracy = proto_nce(
-            query, level.prototypes, level.concentration, columns.ids, self._own(columns.target_of_image)
-        )
-        few = self._config.optimizer.batch if topk.max_clusters is None else topk.max_clusters
-        if topk.mode != "none" and level.num_clusters <= few:
-            near = topk_loss(
-                query,
-                level.prototypes,
-                self._own(of_batch),
-                k=topk.k,
-                far_weight=topk.far_weight,
-                margin=topk.margin,
-                weights=topk.weights,
-                far=topk.far,
-            )
-            loss = near if topk.mode == "replace" else loss + near
-        return loss, accuracy
 
     def _own(self, rows: Tensor) -> Tensor:
         """This rank's part (b, ...) of rows of the global batch (B, ...)."""

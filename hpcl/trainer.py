@@ -39,13 +39,16 @@ from hpcl.growth import make_policy
 from hpcl.hierarchy import Hierarchy
 from hpcl.kmeans import nearest_centroid_search
 from hpcl.meters import RunMeters
+from hpcl.methods import METHODS
 from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
+from hpcl.optimizer import make_optimizer
 from hpcl.prototypes import Level
 from hpcl.resume import Start, find_start, must_fit
 from hpcl.rng import generator, seed_of
 from hpcl.runlog import RunLog
 from hpcl.stages import StagePlan, learning_rate, make_plan, stage_at, total_epochs
-from hpcl.step import SUMS, Step
+from hpcl.step import Step
+from hpcl.training_loss import SUMS
 from hpcl.yamlio import dump
 
 Row = dict[str, Any]
@@ -125,7 +128,8 @@ class Trainer:
         network = build_network(config.model, config.head, channels, config.seed, backbone, (height, width))
         self._backbone_name = None if backbone is None else type(network.backbone).__name__
         self.pair = MomentumPair(network)
-        self.queue = KeyQueue(config.moco.queue, config.model.dim)
+        self.method = METHODS[config.method]
+        self.queue = KeyQueue(config.moco.queue if self.method.has_queue else 0, config.model.dim)
         self.step = Step(config, self.pair, self.queue, self.data, images, self.world)
         self.pair.to(device, self.step.dtype)
         self.queue.to(device, self.step.dtype)
@@ -142,7 +146,7 @@ class Trainer:
         self.rows: list[Row] = []
         """One row per finished epoch."""
         self._net: nn.Module = self.pair.query
-        self._optimizer = torch.optim.SGD(self.pair.query.parameters())
+        self._optimizer: torch.optim.Optimizer = torch.optim.SGD(self.pair.query.parameters())
         self._key_spaces: Spaces | None = None
 
     # ---------------------------------------------------------------- the loop
@@ -235,23 +239,22 @@ class Trainer:
 
     def _enter_stage(self, plan: StagePlan) -> None:
         """Freeze and thaw, and follow a change of the output space (METHOD 2)."""
+        self.policy.clear()
+        if plan.continues:
+            return
         first = plan is self.plan[0]
         used_head = not first and self.plan[self.plan.index(plan) - 1].uses_head
         if plan.uses_head and not used_head:
             self.pair.copy_head()
         self._prepare(plan)
-        self.policy.clear()
         if first or plan.uses_head != used_head:
             self._fill_queue(plan)
+            self.step.bank = None  # its keys are of another space
         self._key_spaces = None
 
     def _prepare(self, plan: StagePlan) -> None:
         """What a stage needs whether it starts or is resumed: frozen parts, optimizer, gradient averaging."""
-        options = self.config.optimizer
-        parameters = self.pair.set_stage(plan)
-        self._optimizer = torch.optim.SGD(
-            parameters, lr=plan.lr, momentum=options.momentum, weight_decay=options.weight_decay
-        )
+        self._optimizer = make_optimizer(self.pair.set_stage(plan), plan.lr, self.config.optimizer)
         self._net = self.pair.query
         if self.world.size > 1:
             # A wrap from before a freeze leaves gradients unreduced, so every stage wraps anew.
@@ -263,7 +266,9 @@ class Trainer:
 
     def _fill_queue(self, plan: StagePlan) -> None:
         """Fill the queue with the keys of random training images."""
-        batch, size, seed = self.config.optimizer.batch, self.config.moco.queue, self.config.seed
+        batch, size, seed = self.config.optimizer.batch, len(self.queue.keys), self.config.seed
+        if not size:
+            return
         positions = torch.randperm(self.num_images, generator=generator(seed, "queue", plan.stage))[:size]
         parts = [
             self.step.keys(part, plan, seed_of(seed, "queue", plan.stage, number))
@@ -276,13 +281,19 @@ class Trainer:
 
     def _cluster(self, plan: StagePlan, epoch: int) -> list[Level]:
         """The levels of this epoch, from the key encoder's centre views of the training set."""
-        spaces = self._features(plan)
         space = self.config.clusters.space
         # in stage 2 the MLP is still random: images are grouped by what the encoder knows
-        in_encoder = space == "encoder" or (space == "auto" and plan.stage == 2)
+        in_encoder = space == "encoder" or (space == "auto" and plan.stage == 2 and self.method.staged)
+        if self.config.clusters.features == "bank" and not in_encoder:
+            if self.step.bank is None:  # from here on every step keeps its keys there
+                self.step.bank = self._features(plan).embedding.clone()
+            features = embeddings = self.step.bank
+        else:
+            spaces = self._features(plan)
+            features, embeddings = spaces.encoder if in_encoder else spaces.embedding, spaces.embedding
         return self.hierarchy.cluster(
-            spaces.encoder if in_encoder else spaces.embedding,
-            spaces.embedding,
+            features,
+            embeddings,
             stage=plan.stage,
             epoch=epoch,
             world=self.world,
@@ -301,8 +312,9 @@ class Trainer:
         """
         batch, seed = self.config.optimizer.batch, self.config.seed
         order = torch.randperm(self.num_images, generator=generator(seed, "order", plan.stage, epoch))
-        steps_in_stage = self.steps_per_epoch * (plan.last_epoch - plan.first_epoch + 1)
-        done = (epoch - plan.first_epoch) * self.steps_per_epoch
+        start, last = plan.schedule_epochs
+        num_steps = self.steps_per_epoch * (last - start + 1)
+        done = (epoch - start) * self.steps_per_epoch
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
         rate = plan.lr
 
@@ -310,7 +322,7 @@ class Trainer:
             return order[step * batch : (step + 1) * batch], seed_of(seed, "step", plan.stage, epoch, step)
 
         for step in range(self.steps_per_epoch):
-            rate = learning_rate(plan, done + step, steps_in_stage)
+            rate = learning_rate(plan, done + step, num_steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             if step + 1 < self.steps_per_epoch:
@@ -319,6 +331,8 @@ class Trainer:
             sums += self.step.take(self._net, self._optimizer, positions, plan, levels, step_seed)
         self._key_spaces = None
         self.world.average_buffers(self.pair)
+        if not self.method.has_queue:
+            self.pair.copy_query()
         means = self.world.all_reduce_sum(sums) / (self.steps_per_epoch * self.world.size)
         row: Row = dict(zip(SUMS, means.tolist(), strict=True))
         if not all(math.isfinite(value) for value in row.values()):
@@ -375,6 +389,7 @@ class Trainer:
             },
             "pair": self.pair.state_dict(),
             "queue": self.queue.state_dict(),
+            "bank": self.step.bank,
             "optimizer": self._optimizer.state_dict(),
             "growth": self.policy.state_dict(),
             "hierarchy": self.hierarchy.state_dict(),
@@ -398,6 +413,8 @@ class Trainer:
             ) from error
         with must_fit(start.path):
             self.queue.load_state_dict(state["queue"])
+            bank = state.get("bank")
+            self.step.bank = None if bank is None else bank.to(self.world.device, self.step.dtype)
             self.policy.load_state_dict(state["growth"])
             self.hierarchy.load_state_dict(state["hierarchy"])
             self.meters.load_state_dict(state["meters"])

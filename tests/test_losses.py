@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hpcl.losses
-from hpcl.losses import Columns, info_nce, pcl_ceiling, proto_columns, proto_nce, topk_loss
+from hpcl.losses import Columns, Cosine, info_nce, pcl_ceiling, proto_columns, proto_nce, topk_loss
 
 MODES = ("unique", "adjusted", "pcl")
 SEEDS = st.integers(0, 2**31)
@@ -58,7 +58,7 @@ def info_nce_loop(q: np.ndarray, k: np.ndarray, queue: np.ndarray, temperature: 
 @given(batch=st.integers(1, 7), keys=st.integers(1, 9), dim=st.integers(2, 6), seed=SEEDS)
 def test_info_nce_is_the_formula(batch: int, keys: int, dim: int, seed: int) -> None:
     q, k, queue = unit(batch, dim, seed), unit(batch, dim, seed + 1), unit(keys, dim, seed + 2)
-    loss, accuracy = info_nce(q, k, queue, 0.2)
+    loss, accuracy = info_nce(q, k, queue, Cosine(0.2))
     wanted_loss, wanted_accuracy = info_nce_loop(q.numpy(), k.numpy(), queue.numpy(), 0.2)
     assert loss.item() == pytest.approx(wanted_loss, rel=1e-9, abs=1e-12)
     assert accuracy.item() == pytest.approx(wanted_accuracy)
@@ -69,21 +69,21 @@ def test_info_nce_equals_cross_entropy_with_target_zero_in_value_and_gradient() 
     q = unit(16, 8, 0).requires_grad_()
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / 0.1
     wanted = F.cross_entropy(logits, torch.zeros(16, dtype=torch.long))
-    loss, _ = info_nce(q, k, queue, 0.1)
+    loss, _ = info_nce(q, k, queue, Cosine(0.1))
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(torch.autograd.grad(loss, q)[0], torch.autograd.grad(wanted, q)[0])
 
 
 def test_info_nce_closed_form_own_key_and_orthogonal_queue() -> None:
     axes = torch.eye(6, dtype=torch.float64)
-    loss, accuracy = info_nce(axes[:2], axes[:2], axes[2:], 0.5)
+    loss, accuracy = info_nce(axes[:2], axes[:2], axes[2:], Cosine(0.5))
     assert loss.item() == pytest.approx(math.log(1 + 4 * math.exp(-1 / 0.5)))
     assert accuracy.item() == 1.0
 
 
 def test_info_nce_of_a_collapsed_encoder_is_log_of_the_count_and_never_right() -> None:
     same = unit(1, 8)
-    loss, accuracy = info_nce(same.expand(4, 8), same.expand(4, 8), same.expand(15, 8), 0.1)
+    loss, accuracy = info_nce(same.expand(4, 8), same.expand(4, 8), same.expand(15, 8), Cosine(0.1))
     assert loss.item() == pytest.approx(math.log(16))
     assert accuracy.item() == 0.0
 
@@ -94,7 +94,7 @@ def test_losses_compute_in_float32_under_autocast() -> None:
 
     def losses(x: Tensor) -> list[Tensor]:
         proto = proto_nce(x, queue, torch.full((8,), 0.1), own, own)[0]
-        return [info_nce(x, k, queue, 0.1)[0], proto, topk_loss(x, queue, own, 3, 0.1, 1.0)]
+        return [info_nce(x, k, queue, Cosine(0.1))[0], proto, topk_loss(x, queue, own, 3, 0.1, 1.0)]
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = losses(q)

@@ -30,6 +30,7 @@ def plan_of(stage: int, head: bool = True) -> StagePlan:
         uses_prototypes=stage > 1,
         uses_head=head and stage > 1,
         may_grow=stage in (3, 5),
+        schedule_epochs=(1, 1),
     )
 
 

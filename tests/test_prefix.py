@@ -41,7 +41,7 @@ def other(config: Config, path: str) -> Any:
         tries.append(value + "x")
     elif isinstance(value, tuple):
         tries += [value[1:], (value[0] * 0.9, value[1])]
-    for candidate in [*tries, 16, 0.5]:
+    for candidate in [*tries, 16, 0.5, (3, 5)]:
         if candidate == value:
             continue
         try:

@@ -20,7 +20,7 @@ from hpcl.downstream.recipes import FROM_SCRATCH, Recipe
 from hpcl.features import EVAL_BATCH
 from hpcl.model import Network, SplitBatchNorm2d
 from hpcl.rng import generator, seed_of
-from hpcl.stages import stage_lengths
+from hpcl.stages import make_plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of the augmented images (b, C, H, W) and their (b,) places among the N images."""
@@ -116,8 +116,8 @@ def head_start(network: Network, layers: int, head_in_use: bool = True) -> tuple
 
 
 def head_in_use(bench: Bench) -> bool:
-    """Whether any stage of the run trained the MLP (stage 1 does not)."""
-    return bench.config.head.kind != "none" and any(stage_lengths(bench.config.stages)[1:])
+    """Whether any stage of the run trained the MLP (the notes' stage 1 does not)."""
+    return any(stage.uses_head for stage in make_plan(bench.config))
 
 
 def new_classifier(bench: Bench, network: Network, recipe: Recipe) -> Classifier:

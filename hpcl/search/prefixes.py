@@ -171,6 +171,9 @@ def acting_stages(space: Space) -> dict[str, int]:
     points = [{path: value} for path, param in lengths.items() for value in param.ends()]
     for stages in growing.ends() if growing else [space.base.growth.stages]:
         points += [{"growth.stages": stages}, {"growth.stages": stages, **{p: max(lengths[p].ends()) for p in lengths}}]
+    methods = space.params.get("method")
+    if methods:  # and on the method, which decides what is read
+        points = [{**point, "method": name} for point in [{}, *points] for name in methods.ends()]
     configs = [space.base]
     for point in points:
         try:
