@@ -116,11 +116,13 @@ class Model(Section):
     """The encoder: a backbone and its fc."""
 
     backbone: str = "convnet"
-    """`convnet` (three stride-2 convolutions, for CPUs) or the name of a torchvision
-    ResNet such as `resnet18` [arch]."""
+    """`convnet` (three stride-2 convolutions, for CPUs), a torchvision classifier such
+    as `resnet18` or `convnext_tiny` [arch], or `timm:` and a name of timm's, such as
+    `timm:skresnet50`; random weights, without the classifying layers."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers of a ResNet: `cifar` is a 3x3 convolution with stride 1 and no
-    pooling, `imagenet` torchvision's 7x7 with stride 2 and pooling."""
+    """First layers of a ResNet, also of timm's: `cifar` is a 3x3 convolution with
+    stride 1 and no pooling, `imagenet` the published 7x7 with stride 2 and pooling. Of
+    a deep stem `cifar` makes the first stride 1. No effect on other backbones."""
     width: Annotated[int, Field(ge=4, le=512)] = 32
     """Channels of the first convolution of `convnet` (then twice, four times)."""
     dim: Annotated[int, Field(ge=2, le=4096)] = 128
@@ -133,14 +135,22 @@ class Model(Section):
 class Head(Section):
     """The projection MLP that stages 2 to 5 use."""
 
-    kind: Literal["v1", "v2", "linear", "none"] = "v2"
+    kind: Literal["v1", "v2", "linear", "none", "simclr2", "multi"] = "v2"
     """`v2` FC-ReLU-FC, `v1` FC-FC-ReLU (the notes' first version: outputs >= 0, half
-    of the sphere unused), `linear` one FC, `none`."""
+    of the sphere unused), `linear` one FC, `none`; `simclr2` FC-BN-ReLU twice, then
+    FC-BN (SimCLR v2); `multi` several `v2` side by side, each with a part of
+    `model.dim`, and a temperature for each pair (AMCL)."""
     attach: Literal["stack", "replace"] = "stack"
     """`stack`: MLP after the encoder's fc; `replace`: from stage 2 on the MLP takes
     the backbone's features and the fc is dropped (MoCo v2)."""
     hidden: Annotated[int, Field(ge=2, le=16384)] = 128
-    """Width of the hidden layer."""
+    """Width of the hidden layer; of each one with `simclr2` and `multi`."""
+    heads: Annotated[int, Field(ge=2, le=16)] = 3
+    """C: heads of kind `multi`; `model.dim` must be a multiple."""
+    temperature_max: Annotated[float, Field(ge=0.01)] = 0.2
+    """tau_max of kind `multi`: a pair's temperature lies between 0.01 and it."""
+    beta: NonNegative = 1e-4
+    """Weight of the penalty on the temperatures of kind `multi`."""
 
 
 class Moco(Section):
@@ -439,9 +449,21 @@ class Config(Section):
                     )
             if self.head.attach == "replace" and method.staged:
                 problems.append("head.attach is replace, but head.kind none has no MLP to put in the fc's place")
+        problems += self._uneven_heads()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _uneven_heads(self) -> list[str]:
+        """Whether the embedding can be dealt out to the heads of kind `multi`: one dimension would be +1 or -1."""
+        dim, heads = self.model.dim, self.head.heads
+        if self.head.kind != "multi" or (dim % heads == 0 and dim >= 2 * heads):
+            return []
+        near = sorted({max(2, dim // heads) * heads, max(2, -(-dim // heads)) * heads})
+        return [
+            f"model.dim is {dim}, but must be a multiple of head.heads ({heads}) with head.kind multi, two dimensions "
+            f"for each head at least; {' or '.join(map(str, near))} is near"
+        ]
 
     def at(self, path: str) -> Any:
         """The value at a dotted path, e.g. ``config.at("stages.stage2.lr")``.

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from hpcl.batchnorm import SplitBatchNorm2d
 from hpcl.data import load
 from hpcl.downstream import distill, finetune
 from hpcl.downstream.distill import distillation_loss, smaller
@@ -31,7 +32,7 @@ from hpcl.downstream.supervised import (
     train_classifier,
     train_from_scratch,
 )
-from hpcl.model import Network, SplitBatchNorm2d
+from hpcl.model import Network
 
 SHORT = replace(FINE_TUNE, steps=6, batch=32, least_epochs=0)
 

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcl.augment import apply_views, centre_view, draw_views
+from hpcl.batchnorm import SplitBatchNorm
 from hpcl.data import Ids
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.recipes import FROM_SCRATCH, Recipe
 from hpcl.features import EVAL_BATCH
-from hpcl.model import Network, SplitBatchNorm2d
+from hpcl.model import Network
 from hpcl.rng import generator, seed_of
 from hpcl.stages import make_plan
 
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
         self.network.frozen = ()
         self.network.requires_grad_(True)
         for module in self.network.modules():
-            if isinstance(module, SplitBatchNorm2d):
+            if isinstance(module, SplitBatchNorm):
                 module.splits = 1  # they keep keys from being told by their batch; there are no keys here
         self.head, width = head_start(self.network, head_layers if head_in_use else min(head_layers, 1), head_in_use)
         with torch.random.fork_rng(devices=[]):  # the weights that zeros replace are drawn from the global generator

@@ -34,7 +34,7 @@ from hpcl.downstream.scores import Encoder, Score
 from hpcl.downstream.voc.average_precision import FORMS, average_precision
 from hpcl.downstream.voc.data import VocData, used_parts
 from hpcl.features import FeaturePass
-from hpcl.model import unit
+from hpcl.heads import unit
 from hpcl.rng import seed_of
 
 TASK = "voc"

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from hpcl.backbones import ConvNet
+from hpcl.batchnorm import SplitBatchNorm2d
 from hpcl.config import Model
-from hpcl.model import ConvNet, Network, SplitBatchNorm2d
+from hpcl.model import Network
 from hpcl.rng import seed_of
 
 LONGEST = 1333 / 800
