@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcl.config import Augment
+from hpcl.sections import Augment
 
 _ATTEMPTS = 10
 """Tries for a crop that fits, as in torchvision's RandomResizedCrop."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hpcl.config import Model
 from hpcl.errors import UserError
+from hpcl.sections import Model
 
 
 class ConvNet(nn.Module):

@@ -30,10 +30,10 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that this command did not write.")] = False,
 ) -> None:
     """Decode images into one file, once for all machines; the same command goes on where it was cut off."""
-    from hpcl.config import Data
     from hpcl.data import load
     from hpcl.data.convert import convert_file
     from hpcl.files import bytes_in_words
+    from hpcl.sections import Data
 
     stored, there = convert_file(source, out, size, force=force)
     del stored

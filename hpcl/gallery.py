@@ -22,7 +22,6 @@ import numpy.typing as npt
 import torch
 
 from hpcl.checkpoint import foreign, load_checkpoint
-from hpcl.config import Data
 from hpcl.data import DataError, DeviceImages, Ids, ImageSet, load
 from hpcl.dist import current_world
 from hpcl.errors import UserError
@@ -31,6 +30,7 @@ from hpcl.hierarchy import saved_assignments
 from hpcl.metrics import churn_ami
 from hpcl.pretrained import load_network
 from hpcl.prototypes import make_level
+from hpcl.sections import Data
 from hpcl.stages import make_plan, stage_at, total_epochs
 
 Floats = npt.NDArray[np.float32]

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from hpcl.config import Growth
+from hpcl.sections import Growth
 
 PLATEAU_GAIN = 0.01
 """Relative gain below which `Plateau` calls an accuracy flat (notes: 1 %)."""

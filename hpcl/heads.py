@@ -6,13 +6,14 @@ Legend: b batch; F input features; D embedding; d' = D/C dimensions of one of C 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpcl.batchnorm import SplitBatchNorm1d
-from hpcl.config import Head
+from hpcl.sections import Head
 
 TAU_MIN = 0.01
 """Lowest temperature of a pair: logits of unit vectors then reach 100, where CLIP caps its learnt scale too (Radford
@@ -153,3 +154,20 @@ class MultiHead(nn.Module):
         part = self.last.out_features // self.num_heads
         tau = TAU_MIN + (self.temperature_max - TAU_MIN) * torch.sigmoid(-likeness)
         return similarity / tau - beta * (0.5 * part * tau.log() + 1 / tau)
+
+
+@dataclass(frozen=True)
+class HeadSimilarity:
+    """Logits of the instance loss from several heads, one row each, with the temperatures they learn."""
+
+    head: MultiHead
+    beta: float
+    """Weight of the penalty on temperatures, at least 0."""
+
+    def pairs(self, u: Tensor, v: Tensor) -> Tensor:
+        """(C, n): of row i of (n, D) with row i of (n, D)."""
+        return self.head.paired_logits(u, v, self.beta)
+
+    def against(self, u: Tensor, v: Tensor) -> Tensor:
+        """(C, n, m): of each of (n, D) with each of (m, D)."""
+        return self.head.pair_logits(u, v, self.beta)

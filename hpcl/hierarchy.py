@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcl import metrics
 from hpcl.checkpoint import foreign
 from hpcl.config import Config
 from hpcl.dist import World
@@ -155,6 +156,21 @@ class Hierarchy:
         """Continue where :meth:`state_dict` was taken."""
         self._position = int(state["position"])
         self._labels = [x.to(torch.long) for x in state["labels"]]
+
+
+def describe(levels: list[Level], previous: Tensor | None) -> dict[str, Any]:
+    """Columns of an epoch about the cluster levels in use; `previous` is the last assignment of the finest."""
+    if not levels:
+        return {"clusters": None, "level_clusters": None}
+    finest = levels[-1]
+    return {
+        "clusters": finest.num_clusters,
+        "level_clusters": "/".join(str(level.num_clusters) for level in levels),
+        "size_min": int(finest.sizes.min()),
+        "size_max": int(finest.sizes.max()),
+        "size_entropy": metrics.size_entropy(finest.sizes),
+        "churn_ami": metrics.churn_ami(previous, finest.cluster_of_image),
+    }
 
 
 def saved_assignments(state: dict[str, Any], num_images: int, where: Path | str) -> list[Tensor]:

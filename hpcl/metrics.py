@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcl.config import Meters
 from hpcl.kmeans import bounded_kmeans
 from hpcl.rng import generator
+from hpcl.sections import Meters
 
 METER_TEMPERATURE = 0.1
 """T of `nce_ref` and of `proto_bits`; a constant, so that trials with another T compare."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from hpcl.backbones import count_features, named_backbone
 from hpcl.batchnorm import split_batch_norm
-from hpcl.config import Head, Model
 from hpcl.heads import make_head, unit
 from hpcl.rng import seed_of
+from hpcl.sections import Head, Model
 
 if TYPE_CHECKING:
     from hpcl.stages import StagePlan

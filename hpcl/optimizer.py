@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcl.config import Optimizer
+from hpcl.sections import Optimizer
 
 TRUST = 1e-3
 """eta: step of a layer relative to the norm of its weights (You et al., 2017; SimCLR)."""

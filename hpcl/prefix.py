@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpcl.config import ACTS_FROM, STAGES, Config
+from hpcl.config import ACTS_FROM, Config
 from hpcl.methods import METHODS, reads
+from hpcl.sections import STAGES
 from hpcl.stages import stage_lengths
 
 _HERE = Path(__file__).parent

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from hpcl.config import HEAD_ONLY_STAGES, STAGES, Config, Stages
+from hpcl.config import Config
 from hpcl.methods import METHODS
+from hpcl.sections import HEAD_ONLY_STAGES, STAGES, Stages
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from hpcl.augment import apply_views, draw_views
 from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet
 from hpcl.dist import World
-from hpcl.losses import Cosine
+from hpcl.heads import HeadSimilarity, MultiHead
+from hpcl.losses import Cosine, Similarity
 from hpcl.methods import METHODS
 from hpcl.model import KeyQueue, MomentumPair
 from hpcl.prototypes import Level
@@ -85,7 +86,7 @@ class Step:
         else:
             pairs = [(self._queries(net, positions, plan, seed, 0), self._queries(net, positions, plan, seed, 1))]
         ids = [level.cluster_of_image[positions.to(level.cluster_of_image.device)] for level in levels]
-        similarity = Cosine(self._config.moco.temperature)
+        similarity = self._similarity(plan)
         terms = [
             training_loss(self._config, self._world, *pair, self._queue.keys, ids, levels, similarity, seed)
             for pair in pairs
@@ -128,6 +129,13 @@ class Step:
         places = [self._key_places(len(positions), seed, view) for view in key_views]
         for place in (*places, torch.arange(len(positions))):
             self._images.prefetch(self._train_ids[positions[self._own(place)]])
+
+    def _similarity(self, plan: StagePlan) -> Similarity:
+        """Logits of the instance loss: cosine over T, or the heads' own where there are several."""
+        mlp = self._pair.query.mlp
+        if plan.uses_head and isinstance(mlp, MultiHead):
+            return HeadSimilarity(mlp, self._config.head.beta)
+        return Cosine(self._config.moco.temperature)
 
     @property
     def _symmetric(self) -> bool:

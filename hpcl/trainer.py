@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcl import metrics
 from hpcl.checkpoint import CHECKPOINT_NAME, previous_of, save_checkpoint
 from hpcl.config import Config
 from hpcl.data import DeviceImages, load
@@ -36,7 +35,7 @@ from hpcl.errors import UserError
 from hpcl.features import FeaturePass
 from hpcl.files import claimed, refuse_links, write_text, writing
 from hpcl.growth import make_policy
-from hpcl.hierarchy import Hierarchy
+from hpcl.hierarchy import Hierarchy, describe
 from hpcl.kmeans import nearest_centroid_search
 from hpcl.meters import RunMeters
 from hpcl.methods import METHODS
@@ -220,7 +219,7 @@ class Trainer:
         if row.get("nce_ref") is None:  # a loss or, after the last step, the features are not finite
             row |= {**dict.fromkeys(SUMS), "state": "diverged"}
         else:
-            row |= _describe(levels, previous)
+            row |= describe(levels, previous)
             row |= self._grow(plan, epoch, row)
             if epoch == self.total_epochs:
                 row["state"] = "finished"
@@ -423,18 +422,3 @@ class Trainer:
         with must_fit(start.path):
             self._optimizer.load_state_dict(state["optimizer"])
         return start._replace(state={"rows": self.rows})  # the rest is not kept for the run's life
-
-
-def _describe(levels: list[Level], previous: Tensor | None) -> Row:
-    """Columns about the cluster levels in use."""
-    if not levels:
-        return {"clusters": None, "level_clusters": None}
-    finest = levels[-1]
-    return {
-        "clusters": finest.num_clusters,
-        "level_clusters": "/".join(str(level.num_clusters) for level in levels),
-        "size_min": int(finest.sizes.min()),
-        "size_max": int(finest.sizes.max()),
-        "size_entropy": metrics.size_entropy(finest.sizes),
-        "churn_ami": metrics.churn_ami(previous, finest.cluster_of_image),
-    }

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hpcl.config import Data
 from hpcl.data import DataError, load
 from hpcl.errors import UserError
+from hpcl.sections import Data
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -17,9 +17,9 @@ from hostile import Evil, sentinel
 from pictures import class_folders, random_pixels
 
 from hpcl import sources
-from hpcl.config import Data
 from hpcl.data import load
 from hpcl.decode import Item
+from hpcl.sections import Data
 from hpcl.sources import DataError
 
 __all__ = ["sentinel"]

@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from hpcl.augment import Views, apply_views, centre_view, colour_matrix, draw_views
-from hpcl.config import Augment
+from hpcl.sections import Augment
 
 # Nothing happens: the whole image, unflipped, no colour, no blur.
 PLAIN = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0, blur=0.0)

@@ -350,8 +350,8 @@ def test_files_of_others_are_not_written_over(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_cache_is_no_source_to_check(tmp_path: Path) -> None:
-    from hpcl.config import Data
     from hpcl.data import load
+    from hpcl.sections import Data
 
     load(Data(source=str(class_folders(tmp_path / "set"))), tmp_path / "cache")
     (file,) = (tmp_path / "cache").glob("*.arrow")

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 import hpcl.search.clock
-from hpcl.config import STAGES, Config, Stages
+from hpcl.config import Config
 from hpcl.search.clock import StageClock, reached, rung_times
+from hpcl.sections import STAGES, Stages
 
 stage_lists = st.lists(st.integers(0, 200), min_size=5, max_size=5).filter(any)
 

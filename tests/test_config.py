@@ -10,9 +10,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from hpcl import presets
-from hpcl.config import STAGES, Config
+from hpcl.config import Config
 from hpcl.data_rules import data_problems
 from hpcl.errors import ConfigError
+from hpcl.sections import STAGES
 from hpcl.stages import stage_lengths
 from hpcl.validation import field_paths, section_class
 from hpcl.yamlio import dump, parse, read_tree

@@ -23,11 +23,11 @@ from PIL import Image, ImageOps
 
 from hpcl import sources
 from hpcl.cli import main
-from hpcl.config import Data
 from hpcl.data import DataError, blocks, convert, load, progress, scratch, store
 from hpcl.data.convert import convert_file
 from hpcl.decode import Item, decode
 from hpcl.errors import UserError
+from hpcl.sections import Data
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +190,7 @@ def test_large_photographs_are_halved_by_their_decoder(height: int, width: int, 
 
 CUT_OFF = """
 import os, signal, sys
-from hpcl.config import Data
+from hpcl.sections import Data
 from hpcl.data import blocks, load
 blocks._ITEMS, left, decode = 4, [int(sys.argv[2])], blocks.attempt
 def counted(*arguments):
@@ -341,7 +341,7 @@ def test_a_scratch_folder_that_is_a_link_is_not_followed(tmp_path: Path) -> None
 
 SHARING = """
 import re, sys
-from hpcl.config import Data
+from hpcl.sections import Data
 from hpcl.data import load
 images = load(Data(source=sys.argv[1])).images
 images.sum(), print("touched", flush=True), sys.stdin.readline()

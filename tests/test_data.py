@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import class_folders, problem_of, random_pixels, save
 
-from hpcl.config import Data
 from hpcl.data import DeviceImages, ImageSet, blocks, cache_folder, load
 from hpcl.data.parts import draw, parts_of
+from hpcl.sections import Data
 
 
 @pytest.fixture(autouse=True)

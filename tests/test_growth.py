@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hpcl.growth
-from hpcl.config import Growth
 from hpcl.growth import Decision, Policy, level_counts, make_policy, next_count
+from hpcl.sections import Growth
 
 SEQUENCE = (2, 4, 7, 12, 21, 36, 62, 106, 181, 308)
 """The notes' counts from 2 with multiplier 1.7."""

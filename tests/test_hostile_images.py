@@ -24,8 +24,8 @@ from hostile import Evil, sentinel
 from pictures import class_folders, png, problem_of, random_pixels, table
 
 import hpcl.results
-from hpcl.config import Data
 from hpcl.data import load
+from hpcl.sections import Data
 
 __all__ = ["sentinel"]
 

@@ -12,8 +12,8 @@ import pytest
 from pictures import png, random_pixels
 
 from hpcl import sources
-from hpcl.config import Data
 from hpcl.data import DataError, load
+from hpcl.sections import Data
 from hpcl.sources.check import check
 
 PNG = png(random_pixels(0, 4, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from runs import timeless
 from torch import Tensor
 
-from hpcl.config import Config, Head
+from hpcl.config import Config
 from hpcl.dist import World
 from hpcl.losses import Cosine, contrast, nt_xent
 from hpcl.methods import METHODS, reads
 from hpcl.prefix import acts_from
 from hpcl.prototypes import Level, make_level, parents
 from hpcl.rng import generator, seed_of
+from hpcl.sections import Head
 from hpcl.selection import instance_negatives, membership, prototype_negatives, uniform
 from hpcl.stages import learning_rate, make_plan
 from hpcl.trainer import Trainer, fit
@@ -225,11 +227,11 @@ def test_a_negative_left_out_is_not_one_of_similarity_0_and_none_at_all_costs_no
     others = torch.tensor([[2.0, 1.0]], requires_grad=True)
     keep = torch.tensor([[True, False]])
     loss, accuracy = contrast(own, others, keep)
-    assert float(loss) == pytest.approx(math.log(1 + math.exp(1.5))) and float(accuracy) == 0
-    assert float(loss) != pytest.approx(float(contrast(own, others * keep)[0]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(1.5))) and float(accuracy) == 0
+    assert loss.item() != pytest.approx(contrast(own, others * keep)[0].item())
     nothing, _ = contrast(own, others, torch.zeros(1, 2, dtype=torch.bool))
     nothing.backward()
-    assert float(nothing) == 0 and own.grad.tolist() == [0] and others.grad.tolist() == [[0, 0]]
+    assert nothing.item() == 0 and own.grad.tolist() == [0] and others.grad.tolist() == [[0, 0]]
 
 
 def test_a_tree_groups_prototypes_and_its_means_are_theirs(tiny: Config, tmp_path: Path) -> None:
@@ -237,7 +239,7 @@ def test_a_tree_groups_prototypes_and_its_means_are_theirs(tiny: Config, tmp_pat
     features = torch.nn.functional.normalize(torch.randn(90, 4, generator=generator(0, "order")), dim=1)
     levels = trainer.hierarchy.cluster(features, features, stage=3, epoch=1, world=ALONE)
     assert [level.num_clusters for level in levels] == [2, 5, 11] and levels[0].parent is None
-    for coarse, fine in zip(levels, levels[1:], strict=False):
+    for coarse, fine in itertools.pairwise(levels):
         assert torch.equal(coarse.cluster_of_image, fine.parent[fine.cluster_of_image])
         for j in range(coarse.num_clusters):
             mean = fine.prototypes[fine.parent == j].mean(0)

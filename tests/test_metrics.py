@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpcl import metrics
-from hpcl.config import Meters
+from hpcl.sections import Meters
 
 
 def unit_rows(count: int, dim: int, seed: int) -> Tensor:

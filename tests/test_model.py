@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpcl.batchnorm import SplitBatchNorm2d
-from hpcl.config import Head, Model
 from hpcl.errors import UserError
 from hpcl.heads import unit
 from hpcl.model import KeyQueue, MomentumPair, Network, build_network
+from hpcl.sections import Head, Model
 from hpcl.stages import StagePlan
 
 SMALL = Model(width=4, dim=6)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import class_folders, problem_of, random_pixels, save
 
-from hpcl.config import Data
 from hpcl.data import load
 from hpcl.data.parts import Parts, parts_of
+from hpcl.sections import Data
 
 
 def all_of(parts: Parts) -> list[np.ndarray]:

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import class_folders
 
-from hpcl.config import Data
 from hpcl.data import load
 from hpcl.errors import ConfigError
 from hpcl.search import space as spaces
@@ -25,6 +24,7 @@ from hpcl.search.machine import local_node
 from hpcl.search.params import Resources
 from hpcl.search.plan import DRIVER_CPUS, Node, Plan, concurrency, describe_nodes, duration, make_plan, startup_trials
 from hpcl.search.plan_text import render
+from hpcl.sections import Data
 from hpcl.yamlio import Tree, read_tree
 
 SPACES = Path(__file__).parents[1] / "search_spaces"

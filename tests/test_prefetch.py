@@ -13,9 +13,10 @@ import torch
 from pictures import class_folders
 
 from hpcl import trainer
-from hpcl.config import Config, Data
+from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet, load
 from hpcl.data.device import MOST_AHEAD
+from hpcl.sections import Data
 from hpcl.trainer import fit
 
 

@@ -13,10 +13,11 @@ import torch
 from pydantic import ValidationError
 
 from hpcl.checkpoint import load_checkpoint, save_checkpoint
-from hpcl.config import ACTS_FROM, Config, Section
+from hpcl.config import ACTS_FROM, Config
 from hpcl.errors import UserError
 from hpcl.prefix import acts_from, code_version, prefix_content, prefix_differences, prefix_key
 from hpcl.results import TIME_COLUMNS, read_rows
+from hpcl.sections import Section
 from hpcl.trainer import fit
 from hpcl.validation import field_paths
 

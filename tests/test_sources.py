@@ -15,8 +15,8 @@ import pytest
 from pictures import class_folders, png, problem_of, random_pixels, save, table
 from PIL import Image
 
-from hpcl.config import Data
 from hpcl.data import DataError, load
+from hpcl.sections import Data
 
 
 @pytest.fixture(autouse=True)

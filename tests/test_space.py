@@ -160,7 +160,10 @@ def test_trial_0_takes_the_nearest_end_and_says_so() -> None:
         ("clusters.multiplier: {float: [0.5, 2]}", "3:33: clusters.multiplier is 0.5, but must be > 1.0 (low end"),
         ("clusters.multiplier: {float: [1.5, 20]}", "3:38: clusters.multiplier is 20.0, but must be <= 10.0 (high end"),
         ("clusters.first: {int: [0, 4]}", "3:26: clusters.first is 0, but must be >= 1 (low end"),
-        ("head.kind: {choice: [v1, v3]}", "3:28: head.kind is v3, but must be one of v1, v2, linear, none (choice 2"),
+        (
+            "head.kind: {choice: [v1, v3]}",
+            "3:28: head.kind is v3, but must be one of v1, v2, linear, none, simclr2, multi (choice 2",
+        ),
         ("clusters.warm: {choice: [true, 1]}", "3:34: clusters.warm is 1, but must be true or false (choice 2"),
         ("growth.stages: {choice: [[3], [1]]}", "3:33: growth.stages has [1], but clusters exist only in"),
         ("augment.flip: {int: [0, 2]}", "3:27: augment.flip is 2, but must be <= 1.0 (high end"),

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hpcl.stages
-from hpcl.config import STAGES, Config, Stages
+from hpcl.config import Config
+from hpcl.sections import STAGES, Stages
 from hpcl.stages import StagePlan, learning_rate, make_plan, stage_at, stage_lengths, total_epochs
 
 

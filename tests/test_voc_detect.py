@@ -14,7 +14,7 @@ import torch
 from test_voc_classify import bench_of, colour
 from voc_folders import digit_folder, digits, write_voc
 
-from hpcl.config import Config, Model
+from hpcl.config import Config
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.voc import detect as voc_detect
 from hpcl.downstream.voc.box_precision import overlaps
@@ -22,6 +22,7 @@ from hpcl.downstream.voc.data import VocData, read_voc
 from hpcl.downstream.voc.detect import detect, refusal, run, train
 from hpcl.downstream.voc.detector import PAPER, Recipe, build_detector, longest
 from hpcl.model import build_network
+from hpcl.sections import Model
 
 pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed (pip install 'hpcl[voc]')")
 

@@ -100,7 +100,7 @@ def test_all_problems_come_at_once_with_line_column_and_a_suggestion() -> None:
         "f.yaml:2:8: moco.batch: there is no such field; did you mean optimizer.batch?",
         "f.yaml:3:23: augment.crop_scale is [0.2], but must be a list of 2 values",
         "f.yaml:3:36: augment.flip is yes, but must be a number",
-        "f.yaml:4:14: head.kind is v3, but must be one of v1, v2, linear, none",
+        "f.yaml:4:14: head.kind is v3, but must be one of v1, v2, linear, none, simclr2, multi",
         "f.yaml:5:1: clusters.first: there is no such field; write `clusters: {first: ...}`",
         "f.yaml:6:7: topk is null, but must be a mapping",
         "f.yaml:7:7: seed is .nan, but must be a whole number",

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hpcl.config import Data
 from hpcl.data import ImageSet, load
+from hpcl.sections import Data
 
 Box = tuple[str, tuple[float, float, float, float], dict[str, int]]
 """Name, (xmin, ymin, xmax, ymax) as VOC counts, flags."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hpcl.analysis.text import aligned
-from hpcl.config import STAGES, Config, Stages
+from hpcl.config import Config
+from hpcl.sections import STAGES, Stages
 from hpcl.stages import stage_lengths
 from hpcl.validation import field_paths, show
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hpcl import config
+from hpcl import sections
 from hpcl.data.convert import convert, look_for, open_arrow
 from hpcl.data.labels import Ids, no_ids
 from hpcl.data.parts import parts_of
@@ -95,7 +95,7 @@ class ImageSet:
         return line
 
 
-def load(data: config.Data, cache_dir: str | Path | None = None) -> ImageSet:
+def load(data: sections.Data, cache_dir: str | Path | None = None) -> ImageSet:
     """The images a configuration names, decoded on first use; :func:`hpcl.data.parts.parts_of` says into which parts.
 
     Safe with several processes at once: one decodes, the others wait for it. A process that is killed in

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from hpcl import config
+from hpcl import sections
 from hpcl.data.labels import Ids, no_ids
 from hpcl.rng import seed_of
 from hpcl.sources import SPLITS, DataError
@@ -29,7 +29,7 @@ class Parts:
     """Of such classes, to report."""
 
 
-def parts_of(labels: Ids | None, split: npt.NDArray[np.int8], data: config.Data) -> Parts:
+def parts_of(labels: Ids | None, split: npt.NDArray[np.int8], data: sections.Data) -> Parts:
     """The parts of a source.
 
     The source's own splits count. A val (test) split that shares no class with the train split becomes
@@ -78,7 +78,7 @@ def _set_novel_apart(parts: Parts, labels: Ids) -> Parts:
     return parts
 
 
-def _draw_novel(parts: Parts, labels: Ids, data: config.Data) -> Parts:
+def _draw_novel(parts: Parts, labels: Ids, data: sections.Data) -> Parts:
     """Keep `novel_classes` classes of the train split out of all other parts."""
     if not data.novel_classes:
         return parts
@@ -99,7 +99,7 @@ def _draw_novel(parts: Parts, labels: Ids, data: config.Data) -> Parts:
     )
 
 
-def _hold_out(parts: Parts, labels: Ids, data: config.Data) -> Parts:
+def _hold_out(parts: Parts, labels: Ids, data: sections.Data) -> Parts:
     """Draw the test and val parts that the source does not have."""
     train, val, test = parts.train, parts.val, parts.test
     if not len(test):

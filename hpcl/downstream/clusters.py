@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpcl.checkpoint import foreign
-from hpcl.config import Clusters
 from hpcl.downstream import refusals
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.scores import Encoder, Score
@@ -28,6 +27,7 @@ from hpcl.hierarchy import saved_assignments
 from hpcl.kmeans import bounded_kmeans
 from hpcl.metrics import churn_ami
 from hpcl.rng import seed_of
+from hpcl.sections import Clusters
 from hpcl.stages import make_plan, stage_at, total_epochs
 
 ITERATIONS = 50

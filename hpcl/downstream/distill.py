@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcl.config import Model
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.finetune import asked, refusal, teacher
 from hpcl.downstream.labels import percent
@@ -29,6 +28,7 @@ from hpcl.downstream.scores import Encoder, Score
 from hpcl.downstream.supervised import Classifier, accuracy, descend, new_classifier
 from hpcl.model import Network, build_network
 from hpcl.rng import seed_of
+from hpcl.sections import Model
 
 __all__ = ["FRACTION", "TASK", "distil", "distillation_loss", "refusal", "run", "smaller"]
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hpcl.config import STAGES
 from hpcl.search.params import Choice, Param
 from hpcl.search.prefixes import EPOCHS, PrefixPlan
 from hpcl.search.space import Space
+from hpcl.sections import STAGES
 from hpcl.stages import stage_lengths
 
 

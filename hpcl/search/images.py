@@ -13,7 +13,7 @@ from hpcl.search.facts import DataFacts, ImageFacts
 from hpcl.search.probe import reason_of, within
 
 if TYPE_CHECKING:
-    from hpcl.config import Data
+    from hpcl.sections import Data
     from hpcl.sources import Source
 
 TRIED = 8
@@ -104,9 +104,9 @@ def _foresee(data: Data) -> ImageFacts | None:
 def _try(found: Source) -> None:
     """Raise UserError where a search would find no image there."""
     from hpcl import sources
-    from hpcl.config import Data
     from hpcl.data import load
     from hpcl.decode import attempt
+    from hpcl.sections import Data
 
     if found.kind == "arrow":  # decoded already: nothing but a look
         load(Data(source=str(found.path)))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from hpcl.config import STAGES, Config
+from hpcl.config import Config
 from hpcl.search.expected import Measured
 from hpcl.search.machine import local_node
 from hpcl.search.plan import concurrency
 from hpcl.search.space import Space
+from hpcl.sections import STAGES
 
 
 def measure(space: Space) -> Measured:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from hpcl.config import Count, Positive, Section
 from hpcl.downstream.scores import OBJECTIVES
 from hpcl.results import CURVES, LOWER_IS_BETTER
+from hpcl.sections import Count, Positive, Section
 from hpcl.yamlio import did_you_mean
 
 PROTOTYPE_CURVES = frozenset({"acc_proto", "loss_proto", "proto_bits_own", "size_entropy", "churn_ami"})

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from hpcl.config import STAGES, Config
+from hpcl.config import Config
 from hpcl.prefix import acts_from, prefix_content
 from hpcl.search.clock import StageClock, rung_times
 from hpcl.search.params import Choice, Float, Param
+from hpcl.sections import STAGES
 from hpcl.stages import stage_lengths
 
 if TYPE_CHECKING:

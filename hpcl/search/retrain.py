@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpcl.config import STAGES
 from hpcl.data_rules import data_problems
 from hpcl.errors import UserError, harmless
 from hpcl.files import read_object, refuse_links, write_text
@@ -49,6 +48,7 @@ from hpcl.search.status import read
 from hpcl.search.storage import check, exists, fetch, push
 from hpcl.search.tables import Row, Tables
 from hpcl.search.trial import Job, TrainFunction
+from hpcl.sections import STAGES
 from hpcl.stages import stage_lengths
 
 

@@ -27,10 +27,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from hpcl import presets
-from hpcl.config import Config, Section
+from hpcl.config import Config
 from hpcl.errors import ConfigError
 from hpcl.search.check import space_problems, with_parents
 from hpcl.search.params import Choice, Float, Int, Param, Resources, Search, same
+from hpcl.sections import Section
 from hpcl.stages import stage_lengths
 from hpcl.validation import TreePath, show, validation_problems
 from hpcl.yamlio import Tree, assignment, did_you_mean, load_tree, located, merge, parse, read_value, replaced

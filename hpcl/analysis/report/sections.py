@@ -17,12 +17,12 @@ from hpcl.analysis.charts.look import listed
 from hpcl.analysis.downstream import NOTES, alike, grid, lines, newest
 from hpcl.analysis.leading import evidence_of, leading
 from hpcl.analysis.report.parts import Grid, Section, draw
-from hpcl.config import STAGES
 from hpcl.errors import UserError, harmless
 from hpcl.files import hash_of
 from hpcl.results import Field, SearchResults, downstream_schema, read_rows
 from hpcl.results.fields import shown
 from hpcl.search.importance import LEAST, METHODS, Importance, importance
+from hpcl.sections import STAGES
 
 SLICES = 9
 """Fields that have a slice of their own, the most important ones."""

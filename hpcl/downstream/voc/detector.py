@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hpcl.backbones import ConvNet
 from hpcl.batchnorm import SplitBatchNorm2d
-from hpcl.config import Model
 from hpcl.model import Network
 from hpcl.rng import seed_of
+from hpcl.sections import Model
 
 LONGEST = 1333 / 800
 """Longer side of an image over the shorter one, at most: torchvision's and Detectron2's sizes."""
