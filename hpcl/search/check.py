@@ -13,6 +13,7 @@ from hpcl.config import Config
 from hpcl.data_rules import data_problems
 from hpcl.search.clock import rung_times
 from hpcl.search.params import Choice, Float, Param, same
+from hpcl.methods import reads
 from hpcl.stages import stage_lengths
 from hpcl.validation import TreePath, field_paths, show, validation_problems
 from hpcl.yamlio import did_you_mean
@@ -68,7 +69,7 @@ def space_problems(space: Space, *, rules: bool, images: int = _ENDLESS) -> list
         problems += _value_problems(space, path, param, rules, {text for _, text in before}, wrong)
     if rules and not problems:
         problems = _pair_problems(space, wrong) or _corner_problems(space, wrong)
-        problems += _search_problems(space)
+        problems += _search_problems(space) + _unread_problems(space)
     return list(dict.fromkeys(problems))
 
 
@@ -252,6 +253,21 @@ def _corner_problems(space: Space, wrong: Check) -> list[str]:
     for name, values in corners.items():
         found = wrong(values)
         problems += [f"{space.tree.where(('space',))}: {text} ({name})" for _, text in found]
+    return problems
+
+
+def _unread_problems(space: Space) -> list[str]:
+    """Searched fields that no method reads with which they are sampled."""
+    problems = []
+    searched = space.params.get("method")
+    for path, param in space.params.items():
+        methods = param.when.get("method") or (searched.ends() if searched else (space.base.method,))
+        if not any(reads(method, path) for method in methods):
+            which = "method " if len(methods) == 1 else "each of the methods "
+            problems.append(
+                f"{space.tree.where(('space', path), key=True)}: {path} does nothing with {which}{', '.join(methods)}; "
+                "take it out of `space`"
+            )
     return problems
 
 
