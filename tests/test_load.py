@@ -107,7 +107,7 @@ def test_fields_are_those_of_the_space_file(path: Path) -> None:
             ends = field.positions(pd.Series([param.low, param.high]))
             np.testing.assert_allclose(ends, [0, 1], atol=1e-12)
         else:
-            codes = field.positions(pd.Series([str(c) for c in param.choices]))
+            codes = field.positions(pd.Series(list(param.choices), dtype=object))
             np.testing.assert_array_equal(codes, range(len(param.choices)))
 
 

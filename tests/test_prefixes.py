@@ -161,6 +161,15 @@ def test_a_field_acts_where_any_of_its_trials_lets_it() -> None:
     assert acting_stages(lengths) == {"stages.stage5.epochs": 1}  # under a fixed total it scales the others
 
 
+def test_a_searched_method_acts_from_the_start_and_fields_as_early_as_in_any() -> None:
+    fields = "clusters.first: {int: [2, 9], when: {method: hpcl}}\nhead.hidden: {int: [8, 16]}\n"
+    assert acting_stages(space_of(fields + "method: {choice: [hpcl, moco]}")) == {
+        "method": 1, "clusters.first": 2, "head.hidden": 1
+    }  # fmt: skip
+    assert plan_prefixes(space_of(fields + "method: {choice: [hpcl, moco]}")) is None
+    assert acting_stages(space_of(fields.split("\n")[1])) == {"head.hidden": 2}
+
+
 def test_slots_stand_empty_until_the_first_fork() -> None:
     plan = shared(LATE + "stages.stage2.lr: {choice: [0.03, 0.06]}")
     # c slots: c - 1 wait 3 epochs for stage 1; then c - 2 wait one epoch for two prefixes of stage 2.
@@ -174,7 +183,7 @@ def test_slots_stand_empty_until_the_first_fork() -> None:
 def test_every_trial_of_a_shipped_space_finds_its_prefix(file: Path) -> None:
     space = spaces.load(file)
     plan = plan_prefixes(space)
-    assert (plan is not None) == (file.stem in ("clusters", "smoke"))
+    assert (plan is not None) == (file.stem in ("clusters", "smoke", "pcl", "hcsc"))
     if plan is not None:
         check_draws(space, plan)
 

@@ -15,6 +15,7 @@ from hpcl import presets
 from hpcl.config import Config
 from hpcl.data_rules import data_problems
 from hpcl.errors import ConfigError
+from hpcl.methods import METHODS
 from hpcl.search import space as spaces
 from hpcl.search.check import space_problems
 from hpcl.search.params import CURVES, Choice, Float, Int, Resources, Search, better_end, same
@@ -23,6 +24,7 @@ from hpcl.stages import stage_lengths
 from hpcl.yamlio import dump, read_tree, write
 
 SHIPPED = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
+METHOD_SPACE = next(file for file in SHIPPED if file.stem == "methods")
 CLUSTERS = next(file for file in SHIPPED if file.stem == "clusters")
 
 
@@ -78,7 +80,10 @@ def test_shipped_spaces_are_valid_everywhere(file: Path) -> None:
 
 def test_shipped_spaces_search_what_they_promise() -> None:
     params = {file.stem: set(spaces.load(file).params) for file in SHIPPED}
-    assert set(params) == {"clusters", "stages", "losses", "full", "smoke"}
+    assert set(params) == {"clusters", "stages", "losses", "full", "smoke", "methods", *METHODS} - {"hpcl"}
+    assert spaces.load(METHOD_SPACE).params["method"] == Choice(choices=("hpcl", "moco", "pcl", "hcsc", "simclr"))
+    for name in set(METHODS) - {"hpcl"}:
+        assert spaces.load(METHOD_SPACE.with_stem(name)).base.method == name
     clusters = {"multiplier", "first", "levels", "size_tolerance"}
     assert {f"clusters.{name}" for name in clusters} | {"growth.window", "growth.theta_proto"} <= params["clusters"]
     assert params["stages"] == {f"stages.stage{s}.{name}" for s in range(1, 6) for name in ("epochs", "lr")}
@@ -86,6 +91,23 @@ def test_shipped_spaces_search_what_they_promise() -> None:
     assert wanted <= params["losses"]
     assert params["full"] == params["clusters"] | params["stages"] | params["losses"]
     assert spaces.load(CLUSTERS).search.trials >= 16
+
+
+@pytest.mark.parametrize(
+    ("field", "methods", "said"),
+    [
+        ("clusters.first: {int: [2, 9]", "moco", "clusters.first does nothing with method moco;"),
+        ("moco.queue: {choice: [128, 256]", "simclr", "moco.queue does nothing with method simclr;"),
+        ("growth.window: {int: [1, 2]", "pcl, hcsc", "growth.window does nothing with each of the methods pcl, hcsc;"),
+    ],
+)
+def test_a_field_that_no_method_reads_is_told(field: str, methods: str, said: str) -> None:
+    choice = "method: {choice: [hpcl, moco, pcl, hcsc, simclr]}\n"
+    (problem,) = problems_of(f"{choice}{field}, when: {{method: [{methods}]}}}}")
+    assert problem.startswith("s.yaml:4:3: ") and said in problem
+    assert read(f"{choice}{field}, when: {{method: [hpcl, {methods}]}}}}").params
+    (problem,) = problems_of(f"{field}}}", base=f"{{preset: embedded, method: {methods.split(', ')[0]}}}")
+    assert "does nothing with method" in problem
 
 
 def test_the_grammar() -> None:

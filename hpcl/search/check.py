@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from hpcl.config import Config
 from hpcl.data_rules import data_problems
+from hpcl.methods import reads
 from hpcl.search.clock import rung_times
 from hpcl.search.params import Choice, Float, Param, same
-from hpcl.methods import reads
 from hpcl.stages import stage_lengths
 from hpcl.validation import TreePath, field_paths, show, validation_problems
 from hpcl.yamlio import did_you_mean
