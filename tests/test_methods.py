@@ -249,9 +249,17 @@ def test_a_tree_groups_prototypes_and_its_means_are_theirs(tiny: Config, tmp_pat
 # ---------------------------------------------------------------- whole runs
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "moco": {"head.kind": "multi", "optimizer.kind": "lars"},
+    "pcl": {"clusters.features": "bank", "density.shrink": 0.5},
+    "hcsc": {"clusters.counts": (2, 5, 11), "moco.symmetric": True},
+    "simclr": {},
+}
+
+
 @pytest.mark.parametrize("method", PEERS)
 def test_a_method_trains_resumes_and_forks_to_the_same_table(tiny: Config, tmp_path: Path, method: str) -> None:
-    config = tiny.with_values({"stages.total": 6, "method": method})
+    config = tiny.with_values({"stages.total": 6, "method": method, **OPTIONS[method]})
     whole = fit(config, tmp_path / "whole").rows
     assert whole[-1]["state"] == "finished" and not any(row.get("grew") for row in whole)
     assert all(row["clusters"] is None for row in whole) == (not METHODS[method].prototypes)
@@ -274,3 +282,30 @@ def test_without_a_momentum_encoder_the_key_network_is_the_query_network(tiny: C
     query, key = trainer.pair.query.state_dict(), trainer.pair.key.state_dict()
     assert all(torch.equal(query[name], key[name]) for name in query)
     assert len(trainer.queue.keys) == 0
+
+
+def test_a_bank_holds_the_latest_keys_and_its_run_goes_on_as_unbroken(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.with_values({"clusters.features": "bank"})
+    trainer = Trainer(config, tmp_path / "whole")
+    rows = [trainer.train_one_epoch(epoch) for epoch in (1, 2)]
+    assert trainer.step.bank is None  # stage 2 groups what the encoder knows
+    trainer.train_one_epoch(3)
+    bank = trainer.step.bank
+    assert bank is not None and bank.shape == (405, 16)
+    assert torch.allclose(bank.norm(dim=1), torch.ones(405), atol=1e-5)
+    before, positions = bank.clone(), torch.arange(64)
+    plan = trainer.plan[2]
+    keys = trainer.step.keys(positions, plan, 99)
+    trainer.step.take(trainer.pair.query, trainer._optimizer, positions, plan, [], 99)
+    assert torch.equal(bank[64:], before[64:]) and torch.allclose(bank[:64], keys, atol=0.1)
+    whole = fit(config, tmp_path / "unbroken").rows
+    assert timeless(whole)[:2] == timeless(rows)
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, tmp_path / "cut", report=stop)
+    assert timeless(fit(config, tmp_path / "cut").rows) == timeless(whole)
+    assert timeless(whole)[3:] != timeless(fit(tiny, tmp_path / "forward").rows)[3:]

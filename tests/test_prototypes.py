@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hpcl.prototypes
-from hpcl.prototypes import LEAST_CONCENTRATION, concentration, make_level
+from hpcl.prototypes import LEAST_CONCENTRATION, Level, balanced, concentration, make_level, parents
 
 SEEDS = st.integers(0, 2**31)
 
@@ -182,3 +183,44 @@ def test_stage_2_takes_prototypes_in_another_space_than_was_clustered() -> None:
 def test_an_empty_or_excess_cluster_is_refused(labels: list[int], clusters: int) -> None:
     with pytest.raises(ValueError, match=f"but must fill all of {clusters}"):
         make_level(torch.tensor(labels), unit(3, 4), clusters, 0.1)
+
+
+# ---------------------------------------------------------------- balanced density
+
+
+def two_levels() -> list[Level]:
+    x = unit(60, 6, 3)
+    coarse, fine = (make_level(assignment(60, count, count), x, count, 0.2) for count in (4, 9))
+    return [coarse, dataclasses.replace(fine, parent=parents(fine.prototypes, coarse.prototypes))]
+
+
+def test_the_parent_is_the_nearest_prototype_above() -> None:
+    coarse, fine = two_levels()
+    assert fine.parent is not None
+    for j, above in enumerate(fine.parent.tolist()):
+        distances = [float((fine.prototypes[j] - c).norm()) for c in coarse.prototypes]
+        assert distances[above] == min(distances)
+
+
+@pytest.mark.parametrize(("shrink", "parent"), [(0.4, 0.0), (0.0, 0.3), (0.4, 0.3), (1.0, 0.0), (0.0, 1.0)])
+def test_balanced_density_is_the_formula(shrink: float, parent: float) -> None:
+    coarse, fine = two_levels()
+
+    def rescaled(values: list[float]) -> list[float]:
+        return [0.2 * value * len(values) / sum(values) for value in values]
+
+    above = rescaled([phi ** (1 - shrink) for phi in coarse.concentration.tolist()])
+    own = rescaled([phi ** (1 - shrink) for phi in fine.concentration.tolist()])
+    assert fine.parent is not None
+    blend = rescaled([(1 - parent) * phi + parent * above[c] for phi, c in zip(own, fine.parent.tolist(), strict=True)])
+    found = balanced([coarse, fine], shrink, parent, 0.2)
+    assert found[0].concentration.tolist() == pytest.approx(above, rel=1e-12)
+    assert found[1].concentration.tolist() == pytest.approx(blend, rel=1e-12)
+    assert torch.equal(found[1].prototypes, fine.prototypes)
+    if shrink == 1:
+        assert found[1].concentration.tolist() == pytest.approx([0.2] * 9)
+
+
+def test_without_density_levels_are_as_they_were() -> None:
+    levels = two_levels()
+    assert all(a is b for a, b in zip(balanced(levels, 0.0, 0.0, 0.2), levels, strict=True))

@@ -261,11 +261,11 @@ def _unread_problems(space: Space) -> list[str]:
     problems = []
     searched = space.params.get("method")
     for path, param in space.params.items():
-        methods = param.when.get("method") or (searched.ends() if searched else (space.base.method,))
-        if not any(reads(method, path) for method in methods):
+        methods = [*(param.when.get("method") or (searched.ends() if searched else (space.base.method,)))]
+        if not any(reads(str(method), path) for method in methods):
             which = "method " if len(methods) == 1 else "each of the methods "
             problems.append(
-                f"{space.tree.where(('space', path), key=True)}: {path} does nothing with {which}{', '.join(methods)}; "
+                f"{space.tree.where(('space', path), key=True)}: {path} does nothing with {which}{', '.join(map(str, methods))}; "
                 "take it out of `space`"
             )
     return problems
