@@ -120,6 +120,11 @@ def gallery_of(checkpoint: Path, images: int = 8, data: str | None = None) -> tu
     if epoch > total_epochs(stages):
         raise foreign(checkpoint, f"{epoch} epochs of {total_epochs(stages)}")
     plan = stage_at(stages, epoch)
+    if not any(stage.uses_prototypes for stage in stages):
+        raise UserError(
+            f"{checkpoint}: has no prototypes: it is of method {config.method} and of stages that have none; "
+            "give the checkpoint of a run with prototypes (hpcl, pcl or hcsc)"
+        )
     if not plan.uses_prototypes:
         raise UserError(
             f"{checkpoint}: has no prototypes yet: it stands after epoch {epoch}, in stage 1, and clustering begins "

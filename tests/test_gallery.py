@@ -205,6 +205,12 @@ def test_stage_1_has_no_prototypes(tmp_path: Path) -> None:
         gallery_of(tmp_path / "checkpoint.pt")
 
 
+def test_a_method_without_prototypes_is_refused(tmp_path: Path) -> None:
+    fit(Config.model_validate({**TINY, "method": "moco"}), tmp_path, until_stage=1)
+    with pytest.raises(UserError, match=r"has no prototypes: it is of method moco"):
+        gallery_of(tmp_path / "checkpoint.pt")
+
+
 def test_a_backbone_of_ones_own_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its backbone is Mine, given in Python"):
         gallery_of(rewritten(checkpoint, tmp_path / "checkpoint.pt", backbone="Mine"))

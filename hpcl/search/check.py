@@ -263,11 +263,9 @@ def _unread_problems(space: Space) -> list[str]:
     for path, param in space.params.items():
         methods = [*(param.when.get("method") or (searched.ends() if searched else (space.base.method,)))]
         if not any(reads(str(method), path) for method in methods):
-            which = "method " if len(methods) == 1 else "each of the methods "
-            problems.append(
-                f"{space.tree.where(('space', path), key=True)}: {path} does nothing with {which}{', '.join(map(str, methods))}; "
-                "take it out of `space`"
-            )
+            where, names = space.tree.where(("space", path), key=True), ", ".join(map(str, methods))
+            which = "method" if len(methods) == 1 else "each of the methods"
+            problems.append(f"{where}: {path} does nothing with {which} {names}; take it out of `space`")
     return problems
 
 
