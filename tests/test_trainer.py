@@ -128,6 +128,8 @@ def test_settings_that_do_not_fit_the_data_are_all_named(tiny: Config, tmp_path:
         {"clusters.size_tolerance": None, "clusters.space": "embedding", "clusters.backend": "torch"},
         {"clusters.first": 30, "clusters.levels": 3, "clusters.maximum": 40, "augment.blur": 1.0},
         {"clusters.first": 300, "clusters.maximum": 1000, "growth.policy": "fixed", "growth.hold": 1},
+        {"clusters.nesting": "tree", "moco.select": True, "prototypes.select": True, "head.kind": "multi"},
+        {"clusters.counts": (3, 9), "density.shrink": 0.5, "density.parent": 0.5, "head.kind": "simclr2"},
         {"runtime.precision": "bf16", "model.bn_splits": 2, "meters.knn_every": 0, "stages.stage1.epochs": 0},
         {
             "model.backbone": "resnet18",
