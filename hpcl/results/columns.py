@@ -49,7 +49,7 @@ EPOCH_COLUMNS: tuple[Column, ...] = (
     Column("inst_ref", "float64", "0..1", "top-1 of each fixed query among all fixed keys; comparable"),
     Column("nce_ref", "float64", "nats", "InfoNCE of the fixed views at T = 0.1; lower is better; comparable"),
     Column("proto_bits_own", "float64", "bits", "proto_bits on the trial's finest level; not comparable"),
-    Column("acc_inst", "float64", "0..1", "top-1 of InfoNCE, mean over batches"),
+    Column("acc_inst", "float64", "0..1", "top-1 of InfoNCE (NT-Xent with method simclr), mean over batches"),
     Column("loss", "float64", "nats", "total loss, mean over batches"),
     Column("loss_inst", "float64", "nats", "InfoNCE"),
     Column("loss_proto", "float64", "nats", "prototype loss, mean over levels"),
