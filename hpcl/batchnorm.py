@@ -64,22 +64,40 @@ class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
     """:class:`SplitBatchNorm` of maps (b, C, H, W)."""
 
 
+class SplitBatchNormAct2d(SplitBatchNorm2d):
+    """timm's BatchNormAct2d, which is BatchNorm with dropout and an activation behind it, split."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, C, H, W) -> (b, C, H, W)."""
+        out: Tensor = self.act(self.drop(super().forward(x)))
+        return out
+
+
 def split_batch_norm(module: nn.Module, splits: int) -> None:
     """Put a SplitBatchNorm2d in the place of every BatchNorm2d below `module`; weights and keys stay.
 
     Raises:
-        UserError: another kind of BatchNorm, or one without running statistics or with a changing momentum.
+        UserError: another kind of BatchNorm (timm's BatchNormAct2d will do), or one without running statistics or
+            with a changing momentum.
     """
     for name, child in module.named_children():
         if isinstance(child, SplitBatchNorm2d) or not isinstance(child, _BatchNorm):
             split_batch_norm(child, splits)
             continue
-        if type(child) is not nn.BatchNorm2d or child.momentum is None or child.running_mean is None:
+        of_timm = type(child).__module__.startswith("timm.") and type(child).__name__ == "BatchNormAct2d"
+        known = of_timm or type(child) is nn.BatchNorm2d
+        if not known or child.momentum is None or child.running_mean is None:
             raise UserError(
                 f"model.bn_splits is {splits}, but the backbone's layer {name} ({type(child).__name__}) cannot be "
                 "split; use BatchNorm2d with running statistics and a fixed momentum, or set model.bn_splits to 1"
             )
-        split = SplitBatchNorm2d(child.num_features, splits, child.eps, child.momentum, child.affine)
+        kind = SplitBatchNormAct2d if of_timm else SplitBatchNorm2d
+        split = kind(child.num_features, splits, child.eps, child.momentum, child.affine)
+        for part, layer in child.named_children():  # an activation may have weights of its own
+            split.add_module(part, layer)
         split.load_state_dict(child.state_dict())
         split.train(child.training)
         setattr(module, name, split.to(child.running_mean.device, child.running_mean.dtype))

@@ -151,13 +151,13 @@ def export(
     out: Annotated[Path, typer.Argument(help="File for the backbone's state dict.")],
     side: Annotated[str, typer.Option(help="query (trained) or key (its moving average).")] = "query",
 ) -> None:
-    """Write the backbone's state dict; a ResNet's loads into torchvision's, whose fc is not in it."""
+    """Write the backbone's state dict; it loads into torchvision's or timm's network, whose classifier is not in it."""
     if side not in ("query", "key"):
         raise UserError(f"--side is {side}, but must be query or key")
     from hpcl.pretrained import export_backbone
 
     backbone, names = export_backbone(_here(checkpoint), out, "query" if side == "query" else "key")
-    shown = harmless(f"the {backbone} without an fc, {len(names)} tensors, {names[0]} to {names[-1]}")
+    shown = harmless(f"the {backbone} without a classifier, {len(names)} tensors, {names[0]} to {names[-1]}")
     print(f"{out}: state dict of {shown}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hpcl.backbones import count_features, named_backbone
 from hpcl.batchnorm import split_batch_norm
-from hpcl.heads import make_head, unit
+from hpcl.heads import MultiHead, make_head, unit
 from hpcl.rng import seed_of
 from hpcl.sections import Head, Model
 
@@ -73,8 +73,41 @@ class Network(nn.Module):
             trained["mlp"] = head_in_use
         return tuple(n for n, t in trained.items() if t), tuple(n for n, t in trained.items() if not t)
 
+    def head_layers(self, use_head: bool = True) -> list[nn.Sequential]:
+        """What lies behind the backbone, layer by layer; the modules are shared, not copied.
+
+        Linear layers without a ReLU between them are one layer (with attach `stack` the fc and the MLP's first);
+        BatchNorm and ReLU belong to the layer before them. So there is one layer with head kind `v1`, `linear` or
+        `none`, and there are two with `v2` and `multi`, three with `simclr2`.
+
+        Args:
+            use_head: with the MLP; else the fc alone.
+        """
+        mlp = self.mlp if use_head else None
+        modules: list[nn.Module] = [] if mlp is not None and self.attach == "replace" else [self.fc]
+        if isinstance(mlp, MultiHead):
+            modules += [mlp.first, mlp.relu, mlp.last]
+        elif mlp is not None:
+            modules += [*mlp] if isinstance(mlp, nn.Sequential) else [mlp]
+        layers: list[list[nn.Module]] = [[]]
+        for number, module in enumerate(modules, start=1):
+            layers[-1].append(module)
+            if isinstance(module, nn.ReLU) and number < len(modules):
+                layers.append([])
+        return [nn.Sequential(*layer) for layer in layers]
+
+    def hiddens(self, x: Tensor, use_head: bool = True) -> list[Tensor]:
+        """Every layer's output by number: 0 the backbone's features (b, F), then those of :meth:`head_layers`.
+
+        The last one is the head's output (b, D), not normalised.
+        """
+        outputs: list[Tensor] = [self.backbone(x)]
+        for layer in self.head_layers(use_head):
+            outputs.append(layer(outputs[-1]))
+        return outputs
+
     def project(self, features: Tensor, encoded: Tensor | None = None) -> Tensor:
-        """(b, F) -> (b, D), the MLP's output, not normalised.
+        """(b, F) -> (b, D), the MLP's output, not normalised (but that of kind `multi` has length 1).
 
         Args:
             features: (b, F) backbone features.
@@ -114,17 +147,18 @@ def build_network(
     """The network of a run, initialised from `seed`; torch's global generator is left as it was.
 
     Args:
-        model: backbone, stem, D and BatchNorm splits.
+        model: backbone, stem, D and BatchNorm splits (those of the MLP too).
         head: kind, place and width of the MLP.
         in_channels: C.
         seed: the run's seed.
         backbone: your own in place of ``model.backbone``. A module is copied with the weights it
             has, a function is called and draws from `seed`. All parameters will train.
-        image_size: (H, W) of the pass that finds F of your own backbone; not used otherwise.
+        image_size: (H, W) of the images: networks that are made for one size are made for this one, and a pass
+            with such an image finds F where it is not known.
 
     Raises:
-        UserError: unknown backbone; one that returns something else than (b, F); or one
-            with a BatchNorm that ``model.bn_splits`` cannot split.
+        UserError: unknown backbone; one that cannot take such images, or returns something else than
+            (b, F); or one with a BatchNorm that ``model.bn_splits`` cannot split.
     """
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the GPUs' generators too

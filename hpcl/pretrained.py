@@ -20,10 +20,12 @@ Side = Literal["query", "key"]
 
 
 def export_backbone(checkpoint: Path, out: Path, side: Side = "query") -> tuple[str, list[str]]:
-    """Write the backbone's state dict, with torchvision's names where it is a torchvision ResNet.
+    """Write the backbone's state dict, with the names of torchvision or timm where it is one of theirs.
 
     ``torchvision.models.resnet18().load_state_dict(torch.load(out), strict=False)``
-    then misses the fc alone (with stem `imagenet`; stem `cifar` has its own conv1).
+    then misses the fc alone (with stem `imagenet`; stem `cifar` has its own conv1), other networks of torchvision's
+    their classifier; one of timm's loads into ``timm.create_model(name, num_classes=0)``. Gray images have a first
+    convolution of their own: ``in_chans=1`` there.
 
     Returns:
         The backbone's name (the class of one given in Python), and the names of the tensors written.

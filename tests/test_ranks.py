@@ -159,6 +159,8 @@ CASES: dict[str, dict[str, Any]] = {
         "topk.far": "sum",
         "moco.symmetric": True,
         "moco.shuffle_keys": False,
+        "head.kind": "simclr2",  # BatchNorm in the head, too
+        "growth.max_hold": 1,  # this one does not grow by itself
     },
     "unique, drawn negatives": {
         "prototypes.max_in_loss": 2,

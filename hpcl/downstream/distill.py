@@ -61,8 +61,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 def smaller(model: Model) -> tuple[str, Model]:
     """The next smaller architecture, in words and as a configuration.
 
-    A convnet of half the width (4 at least); for a ResNet of 50 layers or more resnet18, for a smaller one a convnet
-    of width 32.
+    A convnet of half the width (4 at least); for a ResNet of 50 layers or more (torchvision's or timm's) resnet18, for
+    every other network a convnet of width 32.
     """
     if model.backbone == "convnet":
         width = max(4, model.width // 2)

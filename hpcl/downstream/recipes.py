@@ -31,8 +31,9 @@ class Recipe:
     most_epochs: float = 1000.0
     """Passes over the images at most."""
     head_layers: int = 1
-    """Layers of the projection head that stay (:func:`hpcl.downstream.supervised.head_start`). SimCLR v2 keeps one;
-    with the small convnet none is better at 1 % of the labels, for trained and untrained networks alike."""
+    """Layers of the projection head that stay (:func:`hpcl.downstream.supervised.head_start`): 0 to 2, with head kind
+    `simclr2` 0 to 3. SimCLR v2 keeps one; with the small convnet none is better at 1 % of the labels, for trained and
+    untrained networks alike."""
     warmup: float = 0.1
     """Part of the steps with a rising learning rate."""
     temperature: float = 1.0

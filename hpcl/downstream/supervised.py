@@ -19,6 +19,7 @@ from hpcl.data import Ids
 from hpcl.downstream.bench import Bench
 from hpcl.downstream.recipes import FROM_SCRATCH, Recipe
 from hpcl.features import EVAL_BATCH
+from hpcl.heads import HeadOutputs
 from hpcl.model import Network
 from hpcl.rng import generator, seed_of
 from hpcl.stages import make_plan
@@ -77,43 +78,46 @@ class Classifier(nn.Module):
 def head_start(network: Network, layers: int, head_in_use: bool = True) -> tuple[nn.Sequential, int]:
     """The first layers of a network's projection head, from the backbone's features on, and their width.
 
-    SimCLR v2 (Chen et al. 2020, section 2) keeps the head's first linear layer and the ReLU behind it. What
+    SimCLR v2 (Chen et al. 2020, section 2) keeps the head's first linear layer and the ReLU behind it, of three. What
     this is here, for one layer:
 
     ======================  ==============================================================
     head.kind               kept after the backbone
     ======================  ==============================================================
-    v2, attach stack        fc, Linear, ReLU (there is no ReLU between fc and Linear: together
-                            they are one linear layer, as in the paper's head)
-    v2, attach replace      Linear, ReLU (the fc is not in use)
+    simclr2, attach stack   fc, Linear, BatchNorm, ReLU (there is no ReLU between fc and Linear:
+                            together they are one linear layer, as in the paper's head)
+    simclr2, attach replace Linear, BatchNorm, ReLU: the paper's own (the fc is not in use)
+    v2, attach stack        fc, Linear, ReLU; attach replace: Linear, ReLU
     v1, attach stack        fc, Linear, Linear, ReLU: the whole head, since this is where its
                             first ReLU stands; attach replace: the same without fc
     linear                  fc, Linear, ReLU; attach replace: Linear, ReLU. The head has no ReLU
                             of its own; without one the new layer would add nothing to it
+    multi                   the first layers of all heads side by side, as with v2
     none, or MLP never used fc, ReLU
     ======================  ==============================================================
 
     Args:
         network: whose modules are shared, not copied.
         layers: 0: nothing, the classifier takes the backbone's features (SimCLR v1); 1: the table; 2: the
-            whole head and a ReLU behind it (differs from 1 with v2 only).
+            whole head and a ReLU behind it (differs from 1 with v2 and multi only), but of simclr2 the first
+            two layers; 3: the whole head of simclr2 and a ReLU behind it.
         head_in_use: whether the MLP was trained.
+
+    Raises:
+        ValueError: the head has not so many layers.
     """
-    if layers not in (0, 1, 2):
-        raise ValueError(f"head_layers is {layers}, but must be 0, 1 or 2")
+    found = network.head_layers(use_head=head_in_use)
+    allowed = range(max(2, len(found)) + 1)
+    if layers not in allowed:
+        *rest, last = map(str, allowed)
+        raise ValueError(f"head_layers is {layers}, but must be {', '.join(rest)} or {last}")
     if not layers:
         return nn.Sequential(), network.feature_dim
-    mlp = network.mlp if head_in_use else None
-    linear: list[nn.Module] = [] if mlp is not None and network.attach == "replace" else [network.fc]
-    if mlp is not None:
-        linear += list(mlp) if isinstance(mlp, nn.Sequential) else [mlp]
-    if layers == 1:
-        relu = next((at for at, layer in enumerate(linear) if isinstance(layer, nn.ReLU)), len(linear))
-        linear = linear[:relu]
-    elif isinstance(linear[-1], nn.ReLU):
-        linear.pop()
-    width = next(int(layer.out_features) for layer in reversed(linear) if isinstance(layer, nn.Linear))
-    return nn.Sequential(*linear, nn.ReLU()), width
+    kept = [module for layer in found[:layers] for module in layer]
+    if not isinstance(kept[-1], nn.ReLU):
+        kept.append(nn.ReLU())
+    width = next(int(module.out_features) for module in reversed(kept) if isinstance(module, nn.Linear | HeadOutputs))
+    return nn.Sequential(*kept), width
 
 
 def head_in_use(bench: Bench) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from hpcl.backbone_names import name_problem
 from hpcl.config import Config
 from hpcl.data_rules import data_problems
 from hpcl.methods import reads
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
 
 _ENDLESS = 10**12
 """Number of training images that no rule of `data_problems` finds too small, for before the data are read."""
-
-BACKBONES = (
-    "convnet", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50", "resnext101_32x8d", "resnext101_64x4d",
-    "resnext50_32x4d", "wide_resnet101_2", "wide_resnet50_2",
-)  # fmt: skip
-"""What `model.backbone` can name: the convnet and torchvision's ResNets."""
 
 Wrong = list[tuple[tuple[TreePath, ...], str]]
 Check = Callable[[dict[str, Any]], Wrong]
@@ -75,11 +70,8 @@ def space_problems(space: Space, *, rules: bool, images: int = _ENDLESS) -> list
 
 def backbone_problems(space: Space) -> list[str]:
     """Names of `model.backbone`, in the base or among its choices, that no trial could build."""
-    return [
-        f"{where}: model.backbone is {name}, but must be one of {', '.join(BACKBONES)}{did_you_mean(name, BACKBONES)}"
-        for name, where in _values_of(space, "model.backbone")
-        if name not in BACKBONES
-    ]
+    found = [(where, name_problem(name)) for name, where in _values_of(space, "model.backbone")]
+    return [f"{where}: {problem}" for where, problem in found if problem]
 
 
 def device_problems(space: Space, gpus: float, cluster: str) -> list[str]:
