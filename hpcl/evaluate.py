@@ -27,7 +27,7 @@ from hpcl.downstream.scores import BASELINES, VOC_TASKS, WITHOUT_SEED, Encoder
 from hpcl.downstream.voc.data import VocData, read_voc
 from hpcl.errors import UserError
 from hpcl.files import hash_of, writing
-from hpcl.pretrained import network_of
+from hpcl.pretrained import must_take, network_of
 from hpcl.results import downstream_schema, read_rows, write_table
 
 Row = dict[str, Any]
@@ -142,8 +142,7 @@ def _benches(checkpoints: Sequence[Path], data: str | None, split: Split, label_
                 f"{images.source}: holds other images now than when {path} was trained; bring them back, or say with "
                 "--data which images are meant"
             )
-        if images.images.shape[1] != channels:
-            raise UserError(f"{images.source}: has {images.images.shape[1]} channels, but the network takes {channels}")
+        must_take(network, channels, images)
         world = current_world("cpu" if config.runtime.device == "cpu" else "auto")
         network.to(world.device)
         lists = label_folder / images.content_hash[:8]  # other images with --data have lists of their own

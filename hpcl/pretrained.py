@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from hpcl.backbones import count_features
 from hpcl.checkpoint import config_of, load_checkpoint, save_tensors
 from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet, load
@@ -70,6 +71,24 @@ def network_of(state: dict[str, Any], checkpoint: Path, side: Side = "query") ->
     return config, network.eval(), channels
 
 
+def must_take(network: Network, channels: int, images: ImageSet) -> None:
+    """See that a network takes a source's images, by a pass with one; the network in eval mode on the CPU.
+
+    Raises:
+        UserError: they have other channels than it takes, or a size for which its backbone is not made.
+    """
+    has, height, width = images.images.shape[1:]
+    if has != channels:
+        raise UserError(f"{images.source}: has {has} channels, but the network takes {channels}")
+    try:
+        count_features(network.backbone, channels, (height, width))
+    except Exception as error:  # each network has its own way of saying what does not fit
+        raise UserError(
+            f"{images.source}: has images of {height}x{width}, which the checkpoint's backbone cannot take "
+            f"({' '.join(str(error).split())[:200]}); give images as large as those it was trained on"
+        ) from error
+
+
 def knn_of_checkpoint(
     checkpoint: Path,
     split: Literal["val", "test"] = "test",
@@ -98,8 +117,7 @@ def knn_of_checkpoint(
         raise UserError(
             f"{images.source}: has no labelled {split} images, which kNN needs; name another split or source"
         )
-    if images.images.shape[1] != channels:
-        raise UserError(f"{images.source}: has {images.images.shape[1]} channels, but the network takes {channels}")
+    must_take(network, channels, images)
     world = current_world("cpu" if config.runtime.device == "cpu" else "auto")
     network.to(world.device)
     passes = FeaturePass(DeviceImages(images, world.device), world, torch.float32)

@@ -1,4 +1,4 @@
-"""What may import what: the learning core without ray, optuna and faiss; the import layers."""
+"""What may import what: the learning core without ray, optuna, faiss and timm; the import layers."""
 
 from __future__ import annotations
 
@@ -33,22 +33,25 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
 
 
-def test_training_needs_neither_ray_nor_optuna_nor_faiss(tmp_path: Path) -> None:
-    code = BLOCK.format(names={"ray", "optuna", "faiss"}) + TRAIN.format(
+def test_training_needs_neither_ray_nor_optuna_nor_faiss_nor_timm(tmp_path: Path) -> None:
+    code = BLOCK.format(names={"ray", "optuna", "faiss", "timm"}) + TRAIN.format(
         tests=str(Path(__file__).parent), folder=str(tmp_path)
     )
     done = python(code)
     assert done.stdout.strip() == "finished", done.stderr
 
 
-@pytest.mark.parametrize("name", ["ray", "optuna", "faiss"])
+@pytest.mark.parametrize("name", ["ray", "optuna", "faiss", "timm"])
 def test_the_block_blocks(name: str) -> None:
     done = python(BLOCK.format(names={name}) + f"import {name}")
     assert done.returncode == 1
     assert f"No module named '{name}'" in done.stderr
 
 
-@pytest.mark.parametrize("code", ["import hpcl", "import hpcl.cli", "import hpcl.presets", "import hpcl.results"])
+@pytest.mark.parametrize(
+    "code",
+    ["import hpcl", "import hpcl.cli", "import hpcl.presets", "import hpcl.results", "import hpcl.backbone_names"],
+)
 def test_what_reads_settings_loads_nothing_heavy(code: str) -> None:
     done = python(f"{code}\nimport sys\nprint([n for n in ('torch', 'ray', 'optuna', 'pyarrow') if n in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr

@@ -1,4 +1,4 @@
-"""hpcl.model: frozen means frozen, the key side, heads, split BatchNorm, the queue, backbones."""
+"""hpcl.model: frozen means frozen, the key side, heads, your own backbone, the queue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpcl.batchnorm import SplitBatchNorm2d
 from hpcl.errors import UserError
 from hpcl.heads import unit
 from hpcl.model import KeyQueue, MomentumPair, Network, build_network
@@ -237,60 +236,6 @@ def test_unit_keeps_double_lifts_half_and_survives_zero() -> None:
     assert unit(x.bfloat16()).dtype == torch.float32
 
 
-# ---------------------------------------------------------------- split BatchNorm
-
-
-def test_split_batch_norm_equals_batch_norm_on_each_chunk() -> None:
-    torch_rng = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 5, 3, 4, generator=torch_rng, dtype=torch.float64, requires_grad=True)
-    plain = nn.BatchNorm2d(5).double()
-    with torch.no_grad():
-        plain.weight.copy_(torch.rand(5, generator=torch_rng))
-        plain.bias.copy_(torch.rand(5, generator=torch_rng))
-    split = SplitBatchNorm2d(5, splits=3).double()
-    split.load_state_dict(plain.state_dict())  # same keys
-    slope = torch.randn(12, 5, 3, 4, generator=torch_rng, dtype=torch.float64)
-    for _ in range(2):
-        start = copy.deepcopy(plain)
-        outs, means, variances = [], [], []
-        for chunk in x.chunk(3):  # contiguous: images 0..3, 4..7, 8..11
-            one = copy.deepcopy(start)
-            outs.append(one(chunk))
-            state = one.state_dict()
-            means.append(state["running_mean"])
-            variances.append(state["running_var"])
-        want = torch.cat(outs)
-        got = split(x)
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-        (grad_want,) = torch.autograd.grad((want * slope).sum(), x)
-        (grad_got,) = torch.autograd.grad((got * slope).sum(), x)
-        torch.testing.assert_close(grad_got, grad_want, rtol=1e-9, atol=1e-11)
-        plain.state_dict()["running_mean"].copy_(torch.stack(means).mean(0))
-        plain.state_dict()["running_var"].copy_(torch.stack(variances).mean(0))
-        torch.testing.assert_close(split.running_mean, plain.running_mean, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(split.running_var, plain.running_var, rtol=1e-12, atol=1e-14)
-    assert int(split.state_dict()["num_batches_tracked"]) == 2
-    plain.eval(), split.eval()
-    odd = x[:7].detach()  # in eval mode any batch size will do
-    torch.testing.assert_close(split(odd), plain(odd), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="7 images cannot be normalised in 3"):
-        split.train()(odd)
-
-
-def test_splits_replace_every_batch_norm_and_keep_keys_and_weights() -> None:
-    plain = build_network(SMALL, Head(), 1, seed=0)
-    split = build_network(Model(width=4, dim=6, bn_splits=4), Head(), 1, seed=0)
-    kinds = [type(m) for m in split.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert kinds == [SplitBatchNorm2d] * 3
-    assert changed(plain.state_dict(), split) == set()
-
-
-def test_a_batch_norm_that_cannot_be_split_is_an_error() -> None:
-    own = nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.BatchNorm1d(4))
-    with pytest.raises(UserError, match="bn_splits is 2, but the backbone's layer 2 \\(BatchNorm1d\\)"):
-        build_network(Model(bn_splits=2), Head(), 1, seed=0, backbone=own)
-
-
 # ---------------------------------------------------------------- building
 
 
@@ -304,38 +249,6 @@ def test_same_seed_same_weights_and_the_global_generator_is_untouched() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert changed(one.state_dict(), two) == set()
     assert {"fc.weight", "mlp.0.weight", "backbone.layers.0.weight"} <= changed(one.state_dict(), other)
-
-
-@pytest.mark.parametrize(("channels", "stem"), [(3, "cifar"), (1, "cifar"), (3, "imagenet"), (1, "imagenet")])
-def test_resnet_loads_into_torchvision(channels: int, stem: Any) -> None:
-    torchvision = pytest.importorskip("torchvision")
-    network = build_network(Model(backbone="resnet18", stem=stem, dim=6), Head(), channels, seed=0).eval()
-    assert network.feature_dim == 512
-    state = network.backbone.state_dict()
-    theirs = torchvision.models.resnet18(weights=None)
-    kernel = 3 if stem == "cifar" else 7
-    assert state["conv1.weight"].shape == (64, channels, kernel, kernel)
-    if stem == "cifar" or channels != 3:
-        theirs.conv1 = nn.Conv2d(channels, 64, kernel, padding=kernel // 2, stride=1 if kernel == 3 else 2, bias=False)
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert sorted(missing) == ["fc.bias", "fc.weight"]
-    assert unexpected == []
-    x = torch.randn(2, channels, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        got = network.backbone(x)
-        theirs.fc = nn.Identity()
-        if stem == "cifar":
-            theirs.maxpool = nn.Identity()
-        torch.testing.assert_close(got, theirs.eval()(x))
-    # a 32x32 image keeps its size through the cifar stem
-    stem_layers = nn.Sequential(*(network.backbone.get_submodule(n) for n in ("conv1", "maxpool", "layer1")))
-    assert stem_layers(x).shape[-1] == (32 if stem == "cifar" else 8)
-
-
-def test_an_unknown_backbone_names_the_nearest() -> None:
-    pytest.importorskip("torchvision")
-    with pytest.raises(UserError, match=r"model.backbone is resnet81, but must be one of .* did you mean resnet18\?"):
-        build_network(Model(backbone="resnet81"), Head(), 3, seed=0)
 
 
 class _Own(nn.Module):
