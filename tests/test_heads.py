@@ -74,7 +74,7 @@ def test_the_deep_head_is_three_layers_with_batch_norm() -> None:
 
 @pytest.mark.parametrize("kind", ["simclr2", "multi"])
 def test_stage_1_leaves_the_head_alone_and_stage_2_trains_nothing_else(kind: Any) -> None:
-    config = Config(model=Model(width=4, dim=6), head=Head(kind=kind, hidden=5))
+    config = Config(model=Model(width=4, dim=6), head=Head(kind=kind, hidden=5, heads=3))
     first, second = make_plan(config)[:2]
     pair = MomentumPair(build_network(config.model, config.head, 1, seed=0))
 
@@ -137,7 +137,7 @@ def test_a_run_with_batch_norm_in_its_head_goes_on_as_if_it_had_not_stopped(tmp_
 def test_every_layer_by_number(kind: Any, attach: Any) -> None:
     if kind == "none" and attach == "replace":
         return
-    network = build_network(SMALL, Head(kind=kind, attach=attach, hidden=5), 1, seed=3).eval()
+    network = build_network(SMALL, Head(kind=kind, attach=attach, hidden=5, heads=3), 1, seed=3).eval()
     x = images()
     hiddens = network.hiddens(x)
     widths = {"v1": [6], "v2": [5, 6], "linear": [6], "none": [6], "simclr2": [5, 5, 6], "multi": [15, 6]}[kind]
@@ -195,7 +195,7 @@ def test_a_deep_head_is_fine_tuned_from_its_first_layer() -> None:
 
 def test_the_kind_of_head_changes_nothing_before_it() -> None:
     """Runs that differ in their head alone share stage 1."""
-    networks = [build_network(SMALL, Head(kind=kind), 1, seed=0) for kind in KINDS]
+    networks = [build_network(SMALL, Head(kind=kind, heads=3), 1, seed=0) for kind in KINDS]
     for network in networks[1:]:
         for part in ("backbone", "fc"):
             assert changed(networks[0].get_submodule(part).state_dict(), network.get_submodule(part)) == set()
@@ -229,7 +229,7 @@ def test_heads_side_by_side_equal_heads_apart() -> None:
     # the mean of the heads' similarities is that of the embeddings
     similar = torch.stack([part @ part.T for part in parts])
     torch.testing.assert_close(got @ got.T, similar.mean(0))
-    network = build_network(SMALL, Head(kind="multi", hidden=5), 1, seed=0)
+    network = build_network(SMALL, Head(kind="multi", hidden=5, heads=3), 1, seed=0)
     torch.testing.assert_close(network(images(), use_head=True), network.project(network.backbone(images())))
 
 
