@@ -169,13 +169,14 @@ def apply_views(images: Tensor, views: Views, mean: Tensor, std: Tensor) -> Tens
             values[blurred] = _blur(values[blurred], part.kernel[blurred])
         elif part.kernel is not None:
             values = _blur(values, part.kernel)  # all of them: choosing would wait for the device
-        out[start : start + step] = _normalise(values, mean, std)
+        _normalise(values, mean, std, out[start : start + step])
     return out
 
 
 def centre_view(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """The images themselves, normalised: uint8 (n, C, H, W) to float32 (x/255 - mean)/std."""
-    return _normalise(images.float().div_(255), mean, std)
+    values = images.float().div_(255)
+    return _normalise(values, mean, std, values)
 
 
 def colour_matrix(gain: Tensor, saturation: Tensor, turn: Tensor, channels: int) -> Tensor:
@@ -285,6 +286,6 @@ def _blur(values: Tensor, kernel: Tensor) -> Tensor:
     return values
 
 
-def _normalise(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(values - mean) / std per channel; may change `values`."""
-    return values.sub_(mean[:, None, None]).div_(std[:, None, None])
+def _normalise(values: Tensor, mean: Tensor, std: Tensor, out: Tensor) -> Tensor:
+    """(values - mean) / std per channel, written into `out`; changes `values`."""
+    return torch.div(values.sub_(mean[:, None, None]), std[:, None, None], out=out)

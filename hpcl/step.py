@@ -85,7 +85,7 @@ class Step:
             ]
         else:
             pairs = [(self._queries(net, positions, plan, seed, 0), self._queries(net, positions, plan, seed, 1))]
-        ids = [level.cluster_of_image[positions.to(level.cluster_of_image.device)] for level in levels]
+        ids = [level.cluster_of_image[positions.to(level.cluster_of_image.device, non_blocking=True)] for level in levels]
         similarity = self._similarity(plan)
         terms = [
             training_loss(self._config, self._world, *pair, self._queue.keys, ids, levels, similarity, seed)
@@ -98,7 +98,7 @@ class Step:
         for key in keys:
             self._queue.enqueue(key)
         if self.bank is not None and keys:
-            self.bank[positions.to(self.bank.device)] = keys[0]
+            self.bank[positions.to(self.bank.device, non_blocking=True)] = keys[0]
         return mean.detach().double()
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class Step:
             own: Tensor = self._pair.key(self._views(positions, self._own(place), seed, view), use_head=plan.uses_head)
         gathered = self._world.all_gather(own.to(self.dtype))
         keys = torch.empty_like(gathered)
-        keys[place.to(gathered.device)] = gathered
+        keys[place.to(gathered.device, non_blocking=True)] = gathered  # else every step waits for the GPU
         return keys
 
     def prefetch(self, positions: Tensor, seed: int) -> None:
