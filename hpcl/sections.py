@@ -371,3 +371,7 @@ class Runtime(Section):
     fp32. `fp64` is for checks of exactness."""
     threads: Count | None = None
     """CPU threads of a rank; null: the cores given to it."""
+    compile: bool = False
+    """torch.compile of the query and key networks: faster steps, but the first ones of stages 1
+    to 3 take a minute; for long runs. Rounding differs, and dropout in a backbone of your own
+    draws other numbers."""

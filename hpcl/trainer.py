@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcl.checkpoint import CHECKPOINT_NAME, previous_of, save_checkpoint
+from hpcl.compiled import compile_calls
 from hpcl.config import Config
 from hpcl.data import DeviceImages, load
 from hpcl.data_rules import data_problems
@@ -134,6 +135,8 @@ class Trainer:
         self.queue.to(device, self.step.dtype)
         if device.type == "cuda":
             self.pair.to(memory_format=torch.channels_last)
+        if config.runtime.compile:
+            compile_calls(self.pair.query, self.pair.key, device=device)
 
         self.plan = make_plan(config)
         self.total_epochs = total_epochs(self.plan)
