@@ -372,7 +372,8 @@ def measure(options: argparse.Namespace, device: torch.device, data: ImageSet) -
         for side in dict.fromkeys((options.size, *options.view_sizes))
         for blur in (0.0, BLUR)
     }
-    for _ in range(options.repeats):
+    for repeat in range(options.repeats):
+        print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
         for row in (floor, own, *theirs, *(row for rows in views.values() for row in rows)):
             row.measure(options.steps, clock)
     table("images", [floor, own, *theirs])
