@@ -47,13 +47,14 @@ from PIL import Image
 from torch import Tensor
 
 from hpcl.augment import apply_views, draw_views
-from hpcl.config import Augment, Config
+from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet, load
 from hpcl.dist import World, choose_device
 from hpcl.errors import UserError
-from hpcl.losses import info_nce
+from hpcl.losses import Cosine, info_nce
 from hpcl.model import KeyQueue, MomentumPair, build_network, unit
 from hpcl.rng import generator
+from hpcl.sections import Augment
 from hpcl.stages import make_plan
 from hpcl.step import Step
 
@@ -222,7 +223,7 @@ def same_work(ours: Ours, theirs: peers.LightlyStep) -> str:
     query, noise = (unit(torch.randn(64, queue.shape[1], generator=draw)).to(queue) for _ in range(2))
     key = unit(0.2 * query + noise)  # not so alike that the loss is 0
     theirs.criterion.memory_bank.bank = queue.clone()
-    own = info_nce(query, key, queue, ours.config.moco.temperature)[0].item()
+    own = info_nce(query, key, queue, Cosine(ours.config.moco.temperature))[0].item()
     other = theirs.criterion(query, key).item()
     if abs(own - other) > 1e-4 * abs(other):
         raise RuntimeError(f"the losses differ on the same keys: {own} and {other}")

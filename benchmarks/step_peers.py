@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from hpcl.config import Augment, Config
+from hpcl.config import Config
+from hpcl.sections import Augment
 
 View = Callable[[Image.Image], Tensor]
 

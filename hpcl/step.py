@@ -85,7 +85,8 @@ class Step:
             ]
         else:
             pairs = [(self._queries(net, positions, plan, seed, 0), self._queries(net, positions, plan, seed, 1))]
-        ids = [level.cluster_of_image[positions.to(level.cluster_of_image.device, non_blocking=True)] for level in levels]
+        on_device = positions.to(self._world.device, non_blocking=True)
+        ids = [level.cluster_of_image[on_device] for level in levels]
         similarity = self._similarity(plan)
         terms = [
             training_loss(self._config, self._world, *pair, self._queue.keys, ids, levels, similarity, seed)
@@ -98,7 +99,7 @@ class Step:
         for key in keys:
             self._queue.enqueue(key)
         if self.bank is not None and keys:
-            self.bank[positions.to(self.bank.device, non_blocking=True)] = keys[0]
+            self.bank[on_device] = keys[0]
         return mean.detach().double()
 
     @torch.no_grad()
