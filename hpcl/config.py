@@ -94,11 +94,6 @@ class Config(Section):
         active = sum(1 for epochs in lengths.values() if epochs)
         if self.stages.total is not None and self.stages.total < active:
             problems.append(f"stages.total is {self.stages.total}, but {active} stages need at least one epoch each")
-        if self.clusters.features == "bank" and self.clusters.space == "encoder":
-            problems.append(
-                "clusters.features is bank, but with clusters.space encoder nothing is clustered that it holds "
-                "(embeddings); use forward, or another space"
-            )
         counts = self.clusters.counts or ()
         if any(fine <= coarse for coarse, fine in itertools.pairwise(counts)):
             problems.append(f"clusters.counts is {list(counts)}, but must rise from coarse to fine")

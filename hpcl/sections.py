@@ -252,7 +252,8 @@ class Clusters(Section):
     that clusters lie inside each other; `size_tolerance` then binds the finest level alone."""
     features: Literal["forward", "bank"] = "forward"
     """What is clustered: features of a `forward` pass over the training images, or a `bank`
-    of the keys seen during the last epoch, which costs no pass but is older and augmented."""
+    of the keys seen during the last epoch, which costs no pass but is older and augmented
+    (embeddings: where the encoder's outputs are clustered there is a pass)."""
     space: Literal["auto", "encoder", "embedding"] = "auto"
     """Where stage 2 clusters: `auto` uses the encoder's outputs there (its MLP is
     still random) and embeddings from stage 3 on."""

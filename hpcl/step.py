@@ -44,6 +44,8 @@ class Step:
         self.bank: Tensor | None = None
         """(N, D) latest key of each training image, where a clustering asked for them; None: not kept."""
         self._shape = data.images.shape[1:]
+        self.layout = torch.contiguous_format
+        """Memory layout of the views."""
         precision = config.runtime.precision
         if precision == "auto":
             gpu = world.device.type == "cuda"
@@ -172,7 +174,7 @@ class Step:
         out = apply_views(raw, drawn.take(part).to(self._world.device), self._images.mean, self._images.std).to(
             self.dtype
         )
-        return out.contiguous(memory_format=torch.channels_last) if out.is_cuda else out
+        return out.contiguous(memory_format=self.layout)
 
     def _own(self, rows: Tensor) -> Tensor:
         """This rank's part (b, ...) of rows of the global batch (B, ...)."""

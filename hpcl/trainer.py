@@ -133,8 +133,9 @@ class Trainer:
         self.step = Step(config, self.pair, self.queue, self.data, images, self.world)
         self.pair.to(device, self.step.dtype)
         self.queue.to(device, self.step.dtype)
-        if device.type == "cuda":
+        if backbone is None:  # a quarter faster, also on a CPU; but a module of one's own may call x.view(b, -1)
             self.pair.to(memory_format=torch.channels_last)
+            self.step.layout = torch.channels_last
         if config.runtime.compile:
             compile_calls(self.pair.query, self.pair.key, device=device)
 
