@@ -13,27 +13,23 @@ Legend: N images, D embedding, M clusters (prototypes) of a level.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hpcl.errors import UserError
+from hpcl.dist import World
+from hpcl.nearest import DISTANCES_AT_ONCE, Backend, Nearest, nearest_centroid_search, shared_by_ranks
 from hpcl.rng import generator
-
-Nearest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(points (n,D), centroids (m,D)) -> (id of the nearest centroid (n,), squared distance to it (n,))."""
 
 BOUNDED_ITERATIONS = 5
 """Last iterations of a run that respect the size bounds; those before are free."""
 
+HALVED_FROM = 2**14
+"""Points, and 16 per cluster, from which a cold start's early iterations look at half of them (:func:`_half`)."""
+
 MAX_ROUNDS = 64
 """Rounds of greedy moves; what is left then goes wherever there is room."""
-
-DISTANCES_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}
-"""Entries of the distance matrix held at a time (float32): 8 MB stay in a CPU's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +88,8 @@ def bounded_kmeans(
     seed: int,
     iterations: int,
     labels: Tensor | None = None,
-    backend: Literal["auto", "faiss", "torch"] = "auto",
+    backend: Backend = "auto",
+    world: World | None = None,
 ) -> KMeans:
     """Clusters whose sizes are within :func:`size_bounds`, on every call and for every input.
 
@@ -105,10 +102,16 @@ def bounded_kmeans(
         num_clusters: M, in 1..N.
         tolerance: tau of :func:`size_bounds`.
         seed: decides the start of a cold run; a warm start does not use it.
-        iterations: Lloyd iterations at most, >= 1; the last few are bounded.
+        iterations: Lloyd iterations at most, >= 1; the last few are bounded. Of many points
+            a cold start's first ones look at half.
         labels: (N,) clusters to start from (warm start); cluster j stays cluster j.
         backend: nearest-centroid search on CPU: faiss, torch, or faiss where installed.
             On a GPU it is always torch.
+        world: ranks that share the nearest-centroid searches (:func:`shared_by_ranks`), in which nearly
+            all of the time is spent. All of them must make this call, with the same arguments; all get
+            the same labels, and centroids and inertia that are equal up to rounding. What decides how
+            many points the next search has are the answers of the searches and whole numbers made of
+            them, so that the ranks stay in step on unequal machines, too. None: this process alone.
 
     Raises:
         ValueError: an argument is out of range, or x is not finite.
@@ -125,27 +128,37 @@ def bounded_kmeans(
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}, but must be >= 1")
     nearest = nearest_centroid_search(backend, x.device)
+    if world is not None:
+        nearest = shared_by_ranks(nearest, world)
 
+    num_bounded = min(iterations, BOUNDED_ITERATIONS)
+    num_free = iterations - num_bounded
+    num_early, early = 0, x
+    found: tuple[Tensor, Tensor] | None = None
     if labels is None:
-        centroids = _spread_centroids(x, num_clusters, seed, nearest)
+        centroids, found = _spread_centroids(x, num_clusters, seed, nearest)
+        if num_free >= 2 and len(x) >= max(HALVED_FROM, 16 * num_clusters):
+            half = _half(len(x), seed).to(x.device)
+            num_early, early, found = num_free // 2, x[half], (found[0][half], found[1][half])
     else:
         labels = _checked_labels(labels, x, num_clusters)
         centroids, sizes = cluster_means(x, labels, num_clusters)
         _restart_empty(centroids, sizes, x, _squared_distance(x, centroids, labels))
 
-    num_bounded = min(iterations, BOUNDED_ITERATIONS)
     previous: Tensor | None = None
     iterations_made = 0
-    for num_iterations, is_bounded in ((iterations - num_bounded, False), (num_bounded, True)):
+    phases = ((early, num_early, False), (x, num_free - num_early, False), (x, num_bounded, True))
+    for some, num_iterations, is_bounded in phases:
         for _ in range(num_iterations):
-            labels, cost = nearest(x, centroids)
+            labels, cost = found or nearest(some, centroids)
+            found = None
             if is_bounded:
                 _repair(labels, cost, x, centroids, bounds, nearest)
             if previous is not None and torch.equal(labels, previous):
                 break
             previous = labels
-            centroids, sizes = cluster_means(x, labels, num_clusters)
-            _restart_empty(centroids, sizes, x, cost)
+            centroids, sizes = cluster_means(some, labels, num_clusters)
+            _restart_empty(centroids, sizes, some, cost)
             iterations_made += 1
     assert labels is not None
     inertia = float(_squared_distance(x, centroids, labels).sum(dtype=torch.float64))
@@ -233,10 +246,11 @@ def _transfer(
         room: (M,) points each cluster should or may take; 0 where there is surplus.
     """
     num_clusters = len(centroids)
+    left = int(torch.minimum(surplus.sum(), room.sum()))
     target = torch.full_like(labels, -1)
     target_cost = torch.empty_like(cost)
     for _ in range(MAX_ROUNDS):
-        if not (surplus.any() and room.any()):
+        if not left:
             return
         points = (surplus[labels] > 0).nonzero().squeeze(1)
         # Targets only ever close, so a point's choice stays the best one while it is open.
@@ -249,11 +263,12 @@ def _transfer(
         regret = target_cost - cost
         offered = points[_rank_within(labels[points], regret[points]) < surplus[labels[points]]]
         moved = offered[_rank_within(target[offered], regret[offered]) < room[target[offered]]]
-        left = min(int(surplus.sum()), int(room.sum()))
         surplus = surplus - labels[moved].bincount(minlength=num_clusters)
         room = room - target[moved].bincount(minlength=num_clusters)
         labels[moved], cost[moved] = target[moved], target_cost[moved]
-        if 200 * len(moved) < left:
+        is_slow = 200 * len(moved) < left
+        left -= len(moved)
+        if is_slow:
             break
 
     # Many (nearly) equal points fill one target after the other; where that would take
@@ -279,26 +294,48 @@ def _rank_within(group: Tensor, key: Tensor) -> Tensor:
     return rank
 
 
-def _spread_centroids(x: Tensor, num_clusters: int, seed: int, nearest: Nearest) -> Tensor:
+def _spread_centroids(
+    x: Tensor, num_clusters: int, seed: int, nearest: Nearest
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """M distinct points of x, far from each other: k-means++ in doubling batches.
 
     k-means++ (Arthur and Vassilvitskii 2007) draws each next centroid with a
     probability proportional to the squared distance from those drawn; here as many
     are drawn at once as there are already, which costs as much as one iteration.
+
+    Returns:
+        The points (M, D), and what the first iteration would search for: the nearest of
+        them (N,) and the squared distance to it (N,).
     """
     random = generator(seed, "cluster")
     chosen = torch.randint(len(x), (1,), generator=random).to(x.device)
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     cost = torch.full((len(x),), math.inf, device=x.device)
+    num_searched = 0
     while True:
-        cost = torch.minimum(cost, nearest(x, x[chosen[-(len(chosen) + 1) // 2 :]])[1])
-        if len(chosen) == num_clusters:
-            return x[chosen]
+        ids, found = nearest(x, x[chosen[num_searched:]])
+        labels = torch.where(found < cost, ids + num_searched, labels)
+        cost = torch.minimum(cost, found)
+        num_searched = len(chosen)
+        if num_searched == num_clusters:
+            return x[chosen], (labels, cost)
         # The n smallest of Exp(1)/w are a draw without repetition with weights w; the small
         # constant lets equal points, with w = 0, be drawn when nothing else is left.
         key = torch.empty(len(x)).exponential_(generator=random).to(x.device) / (cost + 1e-30)
         key[chosen] = math.inf
         count = min(len(chosen), num_clusters - len(chosen))
         chosen = torch.cat([chosen, key.argsort(stable=True)[:count]])
+
+
+def _half(num_images: int, seed: int) -> Tensor:
+    """Ids (N // 2,) of the points that the first half of a cold start's free iterations look at, ascending.
+
+    Centroids that still travel far are found as well from half of the points: the
+    inertia at the end is the same but for chance (within 0.5 % both ways), and the
+    run is 12 to 15 % shorter.
+    """
+    random = generator(seed, "cluster", 1)
+    return torch.randperm(num_images, generator=random)[: num_images // 2].sort().values
 
 
 def _restart_empty(centroids: Tensor, sizes: Tensor, x: Tensor, cost: Tensor) -> None:
@@ -335,48 +372,6 @@ def _squared_distance(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
     rows = max(1, DISTANCES_AT_ONCE["cpu"] // x.shape[1])
     blocks = zip(torch.split(x, rows), torch.split(labels, rows), strict=True)
     return torch.cat([(points - centroids[own]).square().sum(1) for points, own in blocks])
-
-
-def nearest_centroid_search(backend: str, device: torch.device) -> Nearest:
-    """The fastest exact search that is allowed and installed; a UserError if faiss is asked for in vain."""
-    if backend not in ("auto", "faiss", "torch"):
-        raise ValueError(f"backend is {backend!r}, but must be 'auto', 'faiss' or 'torch'")
-    if backend == "torch" or device.type != "cpu":
-        return _nearest_torch
-    try:
-        import faiss
-    except (ImportError, RuntimeError):  # faiss-gpu without CUDA's libraries raises the latter
-        if backend == "auto":
-            return _nearest_torch
-        raise UserError(
-            "clusters.backend is faiss, but faiss is not installed; install faiss-cpu (or faiss-gpu), "
-            "or set it to auto or torch"
-        ) from None
-
-    def nearest_faiss(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(torch.get_num_threads())  # a rank keeps to the cores it was given
-        try:
-            index = faiss.IndexFlatL2(points.shape[1])
-            index.add(centroids.contiguous().numpy())
-            cost, ids = index.search(points.contiguous().numpy(), 1)
-        finally:
-            faiss.omp_set_num_threads(threads)
-        # faiss answers -1 where a distance overflows.
-        return torch.from_numpy(ids[:, 0]).clamp_(min=0), torch.from_numpy(cost[:, 0]).clamp_(min=0)
-
-    return nearest_faiss
-
-
-def _nearest_torch(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest centroid by ||c||^2 - 2 x.c, a block of points at a time."""
-    rows = max(1, DISTANCES_AT_ONCE[points.device.type] // len(centroids))
-    squared_norm = centroids.square().sum(1)
-    blocks = torch.split(points, rows)
-    found = [torch.addmm(squared_norm, block, centroids.T, alpha=-2).min(dim=1) for block in blocks]
-    ids = torch.cat([f.indices for f in found])
-    cost = torch.cat([f.values for f in found]) + points.square().sum(1)
-    return ids, cost.clamp_(min=0)
 
 
 def _checked_points(x: Tensor) -> Tensor:

@@ -37,11 +37,11 @@ from hpcl.features import FeaturePass
 from hpcl.files import claimed, refuse_links, write_text, writing
 from hpcl.growth import make_policy
 from hpcl.hierarchy import Hierarchy, describe
-from hpcl.kmeans import nearest_centroid_search
 from hpcl.meters import RunMeters
 from hpcl.methods import METHODS
 from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
 from hpcl.optimizer import make_optimizer
+from hpcl.nearest import nearest_centroid_search
 from hpcl.prototypes import Level
 from hpcl.resume import Start, find_start, must_fit
 from hpcl.rng import generator, seed_of

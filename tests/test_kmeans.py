@@ -20,6 +20,7 @@ from torch import Tensor
 import hpcl.kmeans
 from hpcl.errors import UserError
 from hpcl.kmeans import KMeans, bounded_kmeans, cluster_means, size_bounds, split_labels
+from hpcl.nearest import Nearest, nearest_centroid_search
 
 TOLERANCES = [1 / 3, 0.0, 0.1, 1.0, None]
 
@@ -204,6 +205,36 @@ def test_well_separated_equal_clusters_are_found() -> None:
     result = bounded_kmeans(x, 8, tolerance=0.0, seed=0, iterations=20)
     found = [set(result.labels[truth == j].tolist()) for j in range(8)]
     assert sorted(found, key=min) == [{j} for j in range(8)]
+
+
+@pytest.mark.parametrize("iterations", [5, 6, 7, 20])
+def test_early_iterations_on_half_of_the_points_cost_nothing(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gaussians(2500, 8, modes=60, spread=0.5)
+    whole = bounded_kmeans(x, 40, tolerance=1 / 3, seed=0, iterations=iterations)
+    monkeypatch.setattr(hpcl.kmeans, "HALVED_FROM", 2500)
+    searched = []
+
+    def recorded(backend: str, device: torch.device) -> Nearest:
+        nearest = nearest_centroid_search(backend, device)
+
+        def search(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+            searched.append(tuple(map(len, (points, centroids))))
+            return nearest(points, centroids)
+
+        return search
+
+    monkeypatch.setattr(hpcl.kmeans, "nearest_centroid_search", recorded)
+    result = bounded_kmeans(x, 40, tolerance=1 / 3, seed=0, iterations=iterations)
+    assert_valid(result, x, 40, 1 / 3)
+    assert result.inertia == pytest.approx(whole.inertia, rel=0.02)
+    # The search of the first iteration is the last one of the start.
+    assert searched.count((1250, 40)) == {5: 0, 6: 0, 7: 0, 20: 6}[iterations]
+    assert torch.equal(result.labels, whole.labels) == (iterations < 7)
+    assert searched.count((2500, 40)) == iterations - max(1, (iterations - 5) // 2)
+    searched.clear()
+    bounded_kmeans(x, 157, tolerance=1 / 3, seed=0, iterations=20)  # fewer than 16 points per cluster
+    bounded_kmeans(x, 40, tolerance=1 / 3, seed=0, iterations=20, labels=whole.labels)
+    assert (1250, 157) not in searched and (1250, 40) not in searched
 
 
 def test_features_in_a_narrow_cone_keep_their_structure() -> None:
