@@ -65,7 +65,8 @@ class Hierarchy:
             features: (N, D) unit vectors of the space that is clustered.
             embeddings: (N, D) unit vectors of the space prototypes live in.
             stage, epoch: name the random stream.
-            world: rank 0 clusters, the others receive its assignment.
+            world: the ranks, which all hold the same features and labels; they share the nearest-centroid
+                searches, and the assignment is rank 0's.
 
         Returns:
             One level per count, coarse to fine.
@@ -73,12 +74,9 @@ class Hierarchy:
         counts, tree = self.counts, self._options.nesting == "tree"
         labels: list[Tensor] = []
         for depth in [len(counts) - 1] if tree else range(len(counts)):
-            if world.rank == 0:
-                parent = labels[-1] if labels else None
-                assignment = self._assign(features, counts[depth], depth, parent, self._seed(stage, epoch, depth))
-            else:
-                assignment = torch.empty(len(features), dtype=torch.long, device=features.device)
-            labels.append(world.broadcast(assignment))
+            parent = labels[-1] if labels else None
+            seed = self._seed(stage, epoch, depth)
+            labels.append(world.broadcast(self._assign(features, counts[depth], depth, parent, seed, world)))
         temperature, density = self._config.moco.temperature, self._config.density
         if tree:
             levels = self._tree(labels[-1], embeddings, stage, epoch, world)
@@ -119,16 +117,22 @@ class Hierarchy:
     def _seed(self, stage: int, epoch: int, depth: int) -> int:
         return seed_of(self._config.seed, "cluster", stage, epoch, depth)
 
-    def _assign(self, features: Tensor, count: int, depth: int, parent: Tensor | None, seed: int) -> Tensor:
+    def _assign(
+        self, features: Tensor, count: int, depth: int, parent: Tensor | None, seed: int, world: World
+    ) -> Tensor:
         """One level: from its own last assignment, else split from the level above, else from scratch."""
         start: Tensor | None = None
         if self._options.warm:
             previous = self._labels[depth] if depth < len(self._labels) else None
             known = previous if previous is not None else (self._labels[-1] if self._labels else parent)
             if known is not None:
-                known = known.to(features.device)
-                present = int(known.max()) + 1
-                start = known if present == count else split_labels(features, known, present, count, seed=seed)
+                start = known.to(features.device)
+                present = int(start.max()) + 1
+                if present != count:
+                    # Which half of a cluster a point falls into is a matter of rounding: rank 0 decides.
+                    is_first = world.rank == 0
+                    start = split_labels(features, start, present, count, seed=seed) if is_first else start.clone()
+                    world.broadcast(start)
         result = bounded_kmeans(
             features,
             count,
@@ -137,6 +141,7 @@ class Hierarchy:
             iterations=self._options.iterations if start is None else self._options.warm_iterations,
             labels=start,
             backend=self._options.backend,
+            world=world,
         )
         return result.labels
 
