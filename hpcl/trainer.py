@@ -40,8 +40,8 @@ from hpcl.hierarchy import Hierarchy, describe
 from hpcl.meters import RunMeters
 from hpcl.methods import METHODS
 from hpcl.model import Backbone, KeyQueue, MomentumPair, Network, Spaces, build_network
-from hpcl.optimizer import make_optimizer
 from hpcl.nearest import nearest_centroid_search
+from hpcl.optimizer import make_optimizer
 from hpcl.prototypes import Level
 from hpcl.resume import Start, find_start, must_fit
 from hpcl.rng import generator, seed_of
