@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/kmeans.py                  # 60,000 points, 1,000 clusters
     OMP_NUM_THREADS=1 python benchmarks/kmeans.py --k 120 --repeats 5
     OMP_NUM_THREADS=1 python benchmarks/kmeans.py --ranks 2        # also shared by two processes
-    OMP_NUM_THREADS=1 python benchmarks/kmeans.py --big            # only 1,280,000 points: 5 GB of memory, half an hour
+    OMP_NUM_THREADS=1 python benchmarks/kmeans.py --big            # only 1,280,000 points: several GB, 6 CPU minutes
 
 Points are unit vectors around directions of unequal weight (two for each cluster), drawn by seed; before each run they
 move a little, as the features of the next epoch do. Prints CPU seconds (user and system, of all threads) and wall
