@@ -119,7 +119,7 @@ class Config(Section):
         near = sorted({max(2, dim // heads) * heads, max(2, -(-dim // heads)) * heads})
         return [
             f"model.dim is {dim}, but must be a multiple of head.heads ({heads}) with head.kind multi, two dimensions "
-            f"for each head at least; {' or '.join(map(str, near))} is near"
+            f"for each head at least ({' or '.join(map(str, near))} is near)"
         ]
 
     def at(self, path: str) -> Any:
@@ -145,7 +145,8 @@ class Config(Section):
             KeyError: no such field.
         """
         tree = self.model_dump()
-        if (method := values.get("method", self.method)) != self.method and method in METHODS:
+        method = values.get("method", self.method)
+        if isinstance(method, str) and method != self.method and method in METHODS:
             old = METHODS[self.method].defaults
             for path in {**old, **METHODS[method].defaults}:
                 section, _, name = path.partition(".")

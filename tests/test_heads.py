@@ -334,7 +334,7 @@ def test_the_embedding_must_be_dealt_out_evenly() -> None:
     ):
         of(128, 3)
     with pytest.raises(
-        ValidationError, match=r"model.dim is 3, but .* two dimensions for each head at least; 6 is near"
+        ValidationError, match=r"model.dim is 3, but .* two dimensions for each head at least \(6 is near"
     ):
         of(3, 3)
     Config(model=Model(dim=128), head=Head(heads=3))  # another kind does not ask
