@@ -20,15 +20,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-from notes_rules import COLUMNS, verdicts
+from typing import TYPE_CHECKING, Any
 
 from hpcl import presets
 from hpcl.config import Config
 from hpcl.errors import UserError
 from hpcl.files import read_object, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BATCHES = (64, 256)
 """The notes' batch, and another to tell the batch from the number of classes."""
@@ -140,12 +140,12 @@ def counts(num_images: int) -> list[int]:
     return found
 
 
-def train(plan: Plan, config: Config, folder: Path) -> list[dict[str, Any]]:
+def train(plan: Plan, base: Config, num_images: int, folder: Path) -> list[dict[str, Any]]:
     """The rows of a run, which is trained where it has not been yet; its cost is noted."""
     from hpcl.checkpoint import CHECKPOINT_NAME
     from hpcl.trainer import fit
 
-    def timed(name: str, **more: Any) -> list[dict[str, Any]]:
+    def timed(name: str, config: Config, **more: Any) -> list[dict[str, Any]]:
         cpu, wall = time.process_time(), time.perf_counter()
         rows = fit(config, folder / name, **more).rows
         if name not in costs:
@@ -155,13 +155,18 @@ def train(plan: Plan, config: Config, folder: Path) -> list[dict[str, Any]]:
 
     costs: dict[str, Any] = read_object(folder / "cost.json") if (folder / "cost.json").exists() else {}
     if not (folder / plan.name / CHECKPOINT_NAME).exists():
-        timed(plan.prefix, objective=None, until_stage=1)
+        first = config_of(Plan("sweep", plan.seed, plan.batch), base, num_images)  # nothing else acts in stage 1
+        timed(plan.prefix, first, objective=None, until_stage=1)
     probed = "auto" if plan.set in ("rule", "head") else None
-    return timed(plan.name, objective=probed, fork=folder / plan.prefix / CHECKPOINT_NAME)
+    config = config_of(plan, base, num_images)
+    return timed(plan.name, config, objective=probed, fork=folder / plan.prefix / CHECKPOINT_NAME)
 
 
 def table_of(runs: list[tuple[Plan, list[dict[str, Any]]]]) -> pd.DataFrame:
     """One row per run and epoch with prototypes, as the rules read it."""
+    import pandas as pd
+    from notes_rules import COLUMNS
+
     rows = [{**vars(plan), **row} for plan, rows in runs for row in rows if row["clusters"] is not None]
     return pd.DataFrame(rows).reindex(columns=[*COLUMNS, "grew", "growth_reason"])
 
@@ -210,6 +215,9 @@ def replay(options: argparse.Namespace) -> int:
     unknown = set(options.only) - set("ABCDEF")
     if unknown or not options.only or options.seeds < 1:
         raise UserError(f"--only {options.only} --seeds {options.seeds}: letters of ABCDEF, and at least one seed")
+    import notes_plots
+    from notes_rules import verdicts
+
     from hpcl.data import load
 
     base = base_config(options)
@@ -221,8 +229,7 @@ def replay(options: argparse.Namespace) -> int:
     runs = []
     for number, plan in enumerate(wanted, 1):
         begun = time.perf_counter()
-        config = config_of(plan, base, len(data.train))
-        rows = train(plan, config, options.results)
+        rows = train(plan, base, len(data.train), options.results)
         runs.append((plan, rows))
         took = time.perf_counter() - begun
         print(f"{number} of {len(wanted)}: {plan.name}, {rows[-1]['state']}, {took:.0f} s", flush=True)
@@ -235,8 +242,6 @@ def replay(options: argparse.Namespace) -> int:
     text = "\n".join([data.describe(), machine(), about, "", *found, ""])
     write_text(options.results / "verdicts.txt", text)
     print(f"\n{text}")
-
-    import notes_plots
 
     for file in notes_plots.write(table, BATCHES, len(data.classes), options.charts or options.results, options.name):
         print(file)
