@@ -55,9 +55,13 @@ def ceiling(table: pd.DataFrame, batch: int) -> Figure:
     ax.plot(
         line, [pcl_ceiling(k, batch) for k in line], color=COLOURS["muted"], ls="--", lw=1.2, label="ceiling of pcl"
     )
+    runs = part(table, set="sweep", targets="adjusted", batch=batch, head="v2")
+    right = runs.groupby("clusters")["acc_proto"].mean()
+    ax.plot(right.index, right * [pcl_ceiling(int(k), batch) for k in right.index], color=SERIES[3], ls=":", lw=1.6,
+            label="ceiling x adjusted")  # fmt: skip
     seeds = table["seed"].nunique()
     ax.set(title=f"A: does acc_proto sit at its ceiling with few clusters?  n = {seeds} seeds, points; batch {batch}")
-    ax.set(ylabel="acc_proto, mean of the epochs at a count [0..1]", ylim=(0, 1.02))
+    ax.set(ylabel="acc_proto, mean at a count [0..1]", ylim=(0, 1.02))
     _count_axis(ax, counts)
     ax.legend(loc="center left", bbox_to_anchor=(0.0, 0.6))
     return figure
