@@ -134,15 +134,19 @@ def rules(table: pd.DataFrame, batch: int) -> Figure:
     figure, axes = new_figure(7.4, 6.2, rows=3, columns=2, sharex=True, sharey="row")
     for place, targets in enumerate(kinds):
         for ax, (column, label) in zip(axes[:, place], columns.items(), strict=True):
-            for policy in ("plateau", "window"):
+            for side, policy in ((-1, "plateau"), (1, "window")):
                 runs = part(table, set="rule", targets=targets, policy=policy, batch=batch).sort_values("epoch")
                 for number, (_, run) in enumerate(runs.groupby("seed")):
-                    ax.plot(run["epoch"], run[column], color=OF[policy], lw=1.3, alpha=0.8,
+                    values = run[column]
+                    if column == "clusters":  # beside each other where they are the same
+                        values = values * 1.015 ** (3 * side + number - 1)
+                    ax.plot(run["epoch"], values, color=OF[policy], lw=1.3, alpha=0.8,
                             drawstyle="steps-mid" if column == "clusters" else "default",
                             label=policy if not number else None)  # fmt: skip
             if column == "clusters":
                 ax.set_title(f"{targets} targets")
                 ax.set_yscale("log", base=2)
+                ax.yaxis.set_major_locator(FixedLocator(sorted(map(float, table["clusters"].unique()))))
                 ax.yaxis.set_major_formatter("{x:g}")
                 ax.legend(loc="upper left")
             if not place:
@@ -151,7 +155,7 @@ def rules(table: pd.DataFrame, batch: int) -> Figure:
         axes[-1, place].set_xlabel("epoch")
     seeds = table["seed"].nunique()
     figure.suptitle(
-        f"D, F: does the plateau rule stick where the window rule goes on?  n = {seeds} seeds, lines; batch {batch}",
+        f"D, F: does the plateau rule stick where the window rule goes on?  n = {seeds} seeds, lines",
         x=0.01, ha="left",
     )  # fmt: skip
     return figure
