@@ -153,6 +153,8 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # which methods.py, that had it too, speaks of
+        return 130
     write_text(folder / MEASURED, json.dumps(dataclasses.asdict(measured), indent=1))
     return 0
 

@@ -359,6 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {options.results}", file=sys.stderr)
+        return 130
     config = arms[0].config
     print(about)
     print(
