@@ -368,7 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{total_epochs(make_plan(config))} epochs, batch {config.optimizer.batch}, {config.model.backbone}, "
         f"{counted(options.seeds, 'seed')}; {machine(found)}\n"
     )
-    print("\n".join([*table(found), "", *differences(found)]))
+    print("\n".join(table(found)))
+    if compared := differences(found):
+        print("\n" + "\n".join(compared))
     return 0
 
 
