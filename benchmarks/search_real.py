@@ -237,12 +237,15 @@ def spaces_of(options: argparse.Namespace) -> list[tuple[int, str, str, Space]]:
     if options.seeds < 1:
         raise UserError(f"--seeds is {options.seeds}, but must be at least 1")
     base = apply_overrides(load(options.space), options.set)
-    flags = {"search.grace": options.grace, "search.factor": options.factor}
-    shipped = apply_overrides(base, [f"{path}={value}" for path, value in flags.items() if value is not None])
+    flags = {"grace": options.grace, "factor": options.factor, "min_peers": options.min_peers, "metric": options.metric}
+    given = {name: value for name, value in flags.items() if value is not None}
+    shipped = apply_overrides(base, [f"search.{name}={value}" for name, value in given.items()])
     if shipped.search.grace is None:
         raise UserError(f"{options.space}: search.grace is null, so it stops nothing; say where with --grace")
     whole = apply_overrides(base, ["search.grace=null", "search.share_prefix=false"])
     label = f"grace{shipped.search.grace}-factor{shipped.search.factor}"
+    label += f"-peers{options.min_peers}" if options.min_peers is not None else ""
+    label += f"-{options.metric}" if options.metric is not None else ""
     return [
         (seed, arm, f"{base.name}-{name}-seed{seed}", with_overrides(space, seed=seed))
         for seed in range(options.first_seed, options.first_seed + options.seeds)
@@ -276,6 +279,12 @@ def main() -> int:
     add("--first-seed", type=int, default=0, metavar="N", help="the first of them (default: %(default)s)")
     add("--grace", type=int, metavar="N", help="search.grace of `stopped`; default: the space's")
     add("--factor", type=int, metavar="N", help="search.factor of `stopped`; default: the space's")
+    add("--min-peers", type=int, metavar="N", help="search.min_peers of `stopped`; default: the space's")
+    add(
+        "--metric",
+        metavar="CURVE",
+        help="search.metric of `stopped`, which the sampler follows, too; default: the space's",
+    )
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="change any field of both; may be given again")
     add("--results", type=Path, default=Path("results"), help="folder of all results (default: %(default)s)")
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import runpy
 from dataclasses import replace
@@ -100,12 +101,29 @@ def test_what_is_missed_is_said(bench: dict[str, Any]) -> None:
     assert "points of epochs and by 0.0060" in verdict(0.5, 0.02, 0.014)
 
 
+def test_both_searches_are_one_space_but_for_what_stops(bench: dict[str, Any]) -> None:
+    options = argparse.Namespace(
+        space=SCRIPT.parents[1] / "search_spaces" / "clusters.yaml", seeds=2, first_seed=3, set=["search.trials=9"],
+        grace=3, factor=None, min_peers=2, metric="knn",
+    )  # fmt: skip
+    found = bench["spaces_of"](options)
+    assert [(seed, arm) for seed, arm, *_ in found] == [(3, "all"), (3, "stopped"), (4, "all"), (4, "stopped")]
+    (_, _, name, whole), (_, _, other, stopped) = found[2:]
+    assert (name, other) == ("clusters-all-seed4", "clusters-grace3-factor2-peers2-knn-seed4")
+    assert (whole.search.seed, whole.base.seed, whole.search.trials) == (4, 4, 9)
+    same = {"grace": 3, "share_prefix": True, "min_peers": 2, "metric": "knn"}
+    assert stopped.search == whole.search.model_copy(update=same)
+    assert (whole.search.grace, whole.search.share_prefix) == (None, False)
+    assert (stopped.base, stopped.params) == (whole.base, whole.params)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--seeds", "0"], "--seeds is 0, but must be at least 1"),
         (["--space", "nowhere.yaml"], "nowhere.yaml"),
         (["--grace", "0"], "search.grace"),
+        (["--metric", "acc_prot"], "acc_prot is no curve"),
         (["--set", "search.nothing=1"], "search.nothing"),
         (["--set", "search.grace=null"], "say where with --grace"),
     ],
