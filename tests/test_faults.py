@@ -103,6 +103,7 @@ def test_a_stop_frees_the_place_and_the_processes_of_a_trial_that_has_no_success
     raylets.wait_for(lambda: free(cluster), LIMIT, "free")
 
 
+@pytest.mark.slow  # 25 s
 def test_a_trial_of_a_killed_raylet_goes_on_at_the_other(cluster: Any, search: Any) -> None:
     running = search(trials=3, epochs=16)
     running.until(lambda: running.running(3), "a trial at epoch 3")

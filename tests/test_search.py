@@ -314,6 +314,7 @@ def slow_to_leave(config: Any, folder: Path, report: Any, **options: Any) -> Non
         time.sleep(3)  # longer than Tune waits by itself
 
 
+@pytest.mark.slow  # 16 s
 def test_a_trial_that_is_slow_to_leave_costs_no_other_trial(ray: None, tmp_path: Path) -> None:
     text = SPACE.replace("[16, 17, 18, 19, 20, 21, 22]", "[16, 17]").replace("trials: 16", "trials: 5")
     space = make(text, "search.max_concurrent=1", "search.share_prefix=false")
