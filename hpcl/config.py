@@ -94,9 +94,15 @@ class Config(Section):
         active = sum(1 for epochs in lengths.values() if epochs)
         if self.stages.total is not None and self.stages.total < active:
             problems.append(f"stages.total is {self.stages.total}, but {active} stages need at least one epoch each")
-        counts = self.clusters.counts or ()
-        if any(fine <= coarse for coarse, fine in itertools.pairwise(counts)):
-            problems.append(f"clusters.counts is {list(counts)}, but must rise from coarse to fine")
+        in_fc = method.prototypes and not method.staged and self.clusters.space == "encoder"
+        if in_fc and self.head.attach == "replace" and self.head.kind != "none":
+            problems.append(
+                f"clusters.space is encoder, but with method {self.method} and head.attach replace the encoder's fc is "
+                "never trained; use embedding, or attach: stack"
+            )
+        counts = self.clusters.counts
+        if counts is not None and (not counts or any(b <= a for a, b in itertools.pairwise((0, *counts)))):
+            problems.append(f"clusters.counts is {list(counts)}, but must rise from coarse to fine, from 1 on")
         if self.head.kind == "none":
             for stage in HEAD_ONLY_STAGES:
                 if lengths[stage] and method.staged:

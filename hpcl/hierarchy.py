@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hpcl import metrics
 from hpcl.checkpoint import foreign
 from hpcl.config import Config
 from hpcl.dist import World
 from hpcl.growth import level_counts
-from hpcl.kmeans import bounded_kmeans, split_labels
+from hpcl.kmeans import bounded_kmeans, cluster_means, split_labels
+from hpcl.methods import METHODS
 from hpcl.prototypes import Level, balanced, make_level, parents
 from hpcl.rng import seed_of
 
@@ -35,7 +37,8 @@ class Hierarchy:
     def __init__(self, config: Config, num_images: int) -> None:
         self._config = config
         self._options = config.clusters
-        self.maximum = min(config.clusters.maximum or max(1, num_images // 10), num_images)
+        most = max(1, num_images // 10) if METHODS[config.method].grows else num_images
+        self.maximum = min(config.clusters.maximum or most, num_images)
         """Largest count of the finest level."""
         self._position = 0
         self._labels: list[Tensor] = []
@@ -79,7 +82,7 @@ class Hierarchy:
             labels.append(world.broadcast(self._assign(features, counts[depth], depth, parent, seed, world)))
         temperature, density = self._config.moco.temperature, self._config.density
         if tree:
-            levels = self._tree(labels[-1], embeddings, stage, epoch, world)
+            levels = self._tree(labels[-1], features, embeddings, stage, epoch, world)
         else:
             levels = [
                 make_level(assignment, embeddings, count, temperature)
@@ -91,27 +94,34 @@ class Hierarchy:
         self._labels = [level.cluster_of_image for level in levels]
         return balanced(levels, density.shrink, density.parent, temperature)
 
-    def _tree(self, finest: Tensor, embeddings: Tensor, stage: int, epoch: int, world: World) -> list[Level]:
+    def _tree(
+        self, finest: Tensor, features: Tensor, embeddings: Tensor, stage: int, epoch: int, world: World
+    ) -> list[Level]:
         """Levels coarse to fine, each coarser one grouping the prototypes of the one below.
 
-        A coarse prototype is the mean of those below it, each counted once.
+        They are grouped in the space that is clustered. A coarse prototype is the mean of those
+        below it, each counted once.
         """
         counts, temperature = self.counts, self._config.moco.temperature
         levels = [make_level(finest, embeddings, counts[-1], temperature)]
+        centres = levels[0].prototypes
+        if features is not embeddings:
+            centres = make_level(finest, features, counts[-1], temperature).prototypes
         for depth in reversed(range(len(counts) - 1)):
             below = levels[0]
             groups = bounded_kmeans(
-                below.prototypes,
+                centres,
                 counts[depth],
                 tolerance=None,
                 seed=self._seed(stage, epoch, depth),
                 iterations=self._options.iterations,
                 backend=self._options.backend,
-            )
-            parent, centroids = world.broadcast(groups.labels), world.broadcast(groups.centroids)
-            levels[0] = replace(below, parent=parent)
-            images, centroids = parent[below.cluster_of_image], centroids.to(embeddings.dtype)
-            levels.insert(0, make_level(images, embeddings, counts[depth], temperature, centroids))
+            ).labels
+            groups = world.broadcast(groups)
+            levels[0] = replace(below, parent=groups)
+            means, _ = cluster_means(below.prototypes, groups, counts[depth])
+            levels.insert(0, make_level(groups[below.cluster_of_image], embeddings, counts[depth], temperature, means))
+            centres = normalize(cluster_means(centres, groups, counts[depth])[0], dim=1)
         return levels
 
     def _seed(self, stage: int, epoch: int, depth: int) -> int:

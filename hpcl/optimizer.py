@@ -18,10 +18,11 @@ TRUST = 1e-3
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled layer by layer (You, Gitman, Ginsburg, 2017, algorithm 1).
+    """SGD with momentum whose step is scaled layer by layer (You, Gitman, Ginsburg, 2017).
 
-    ``g <- grad + wd w;  v <- m v + eta |w| / |g| g;  w <- w - lr v``. Tensors of one dimension
-    (biases, BatchNorm) are neither scaled nor decayed, as in SimCLR. Where a norm is 0 the scale is 1.
+    In the form of SimCLR's code: ``g <- grad + wd w;  v <- m v + lr eta |w| / |g| g;  w <- w - v``.
+    The paper's algorithm 1 divides by ``|grad| + wd |w|`` instead. Tensors of one dimension (biases,
+    BatchNorm) are neither scaled nor decayed. Where a norm is 0 the scale is 1.
 
     Args:
         parameters: the weights.
@@ -49,12 +50,12 @@ class LARS(torch.optim.Optimizer):
                 if weight.grad is None:
                     continue
                 state = self.state[weight]
-                step = _direction(weight, weight.grad, group)
+                step = group["lr"] * _direction(weight, weight.grad, group)
                 if "momentum_buffer" in state:
                     state["momentum_buffer"].mul_(group["momentum"]).add_(step)
                 else:
-                    state["momentum_buffer"] = step.clone()
-                weight.sub_(state["momentum_buffer"], alpha=group["lr"])
+                    state["momentum_buffer"] = step
+                weight.sub_(state["momentum_buffer"])
 
 
 def _direction(weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:

@@ -232,7 +232,7 @@ class Clusters(Section):
     """Growth factor m of the count sequence: next(k) = max(k + 1, ceil(m k))."""
     levels: Annotated[int, Field(ge=1, le=8)] = 3
     """Consecutive counts of the sequence in use at once [len(num_cluster)]."""
-    counts: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] | None = None
+    counts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """Counts of the levels, coarse to fine, in place of the sequence of `first`, `multiplier`
     and `levels` [num_cluster]; they do not grow."""
     maximum: Count | None = None

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from hpcl.prototypes import Level
 
+_KEYS = 4096
+"""Keys whose memberships in all prototypes are held at a time, to bound the memory."""
+
 
 def uniform(seed: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """(rows, columns) uniform in 0..1, drawn on the device: millions at each step are too many to carry there."""
@@ -41,7 +44,8 @@ def instance_negatives(queue: Tensor, own: Tensor, level: Level, draw: Tensor) -
         level: the prototypes.
         draw: (b, K) uniform in 0..1: kept where it is below the probability.
     """
-    return draw < 1.0 - membership(queue, level).T[own]
+    parts = [membership(keys, level).T[own] for keys in torch.split(queue, _KEYS)]
+    return draw < 1.0 - torch.cat(parts, dim=1)
 
 
 @torch.no_grad()

@@ -91,8 +91,8 @@ class Step:
         ids = [level.cluster_of_image[on_device] for level in levels]
         similarity = self._similarity(plan)
         terms = [
-            training_loss(self._config, self._world, *pair, self._queue.keys, ids, levels, similarity, seed)
-            for pair in pairs
+            training_loss(self._config, self._world, *pair, self._queue.keys, ids, levels, similarity, seed, view)
+            for view, pair in enumerate(pairs)
         ]
         mean = torch.stack([torch.stack(term) for term in terms]).mean(0)
         optimizer.zero_grad(set_to_none=True)

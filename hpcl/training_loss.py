@@ -35,6 +35,7 @@ def training_loss(
     levels: list[Level],
     similarity: Similarity,
     seed: int,
+    view: int = 0,
 ) -> list[Tensor]:
     """Losses and accuracies of this rank's part of the batch, as in :data:`SUMS`.
 
@@ -48,11 +49,16 @@ def training_loss(
         cluster_ids: per level (B,) long, cluster of each image of the global batch.
         levels: cluster levels in use, coarse to fine; empty before prototypes.
         similarity: logits of the instance loss.
-        seed: names the draws of this step and view.
+        seed: names the draws of this step.
+        view: of the queries; each view selects its own negatives.
     """
     own = slice(world.rank * len(query), (world.rank + 1) * len(query))
     if METHODS[config.method].has_queue:
-        keeps = _instance_keeps(config, world, queue, cluster_ids, levels, own, seed) if config.moco.select else []
+        keeps = (
+            _instance_keeps(queue, cluster_ids, levels, own, seed_of(seed, "select-keys", view))
+            if config.moco.select
+            else []
+        )
         inst, acc_inst = info_nce(query, other, queue, similarity, keeps)
     else:
         queries, others = world.all_gather_with_gradient(query), world.all_gather_with_gradient(other)
@@ -61,15 +67,13 @@ def training_loss(
         zero = torch.zeros_like(inst)
         return [inst, inst, zero, acc_inst, zero]
     per_level = [
-        _level_loss(config, query, depth, cluster_ids[depth], levels, own, seed) for depth in range(len(levels))
+        _level_loss(config, query, depth, cluster_ids[depth], levels, own, seed, view) for depth in range(len(levels))
     ]
     proto, acc_proto = torch.stack([torch.stack(pair) for pair in per_level]).mean(0)
     return [inst + config.prototypes.weight * proto, inst, proto, acc_inst, acc_proto]
 
 
 def _instance_keeps(
-    config: Config,
-    world: World,
     queue: Tensor,
     cluster_ids: list[Tensor],
     levels: list[Level],
@@ -79,13 +83,20 @@ def _instance_keeps(
     """(b, K) bool per level: the keys that are negatives of this rank's queries."""
     keeps = []
     for depth, (level, ids) in enumerate(zip(levels, cluster_ids, strict=True)):
-        draw = uniform(seed_of(seed, "select-keys", depth), len(ids), len(queue), queue.device)
+        draw = uniform(seed_of(seed, "level", depth), len(ids), len(queue), queue.device)
         keeps.append(instance_negatives(queue, ids[own], level, draw[own]))
     return keeps
 
 
 def _level_loss(
-    config: Config, query: Tensor, depth: int, cluster_ids: Tensor, levels: list[Level], own: slice, seed: int
+    config: Config,
+    query: Tensor,
+    depth: int,
+    cluster_ids: Tensor,
+    levels: list[Level],
+    own: slice,
+    seed: int,
+    view: int,
 ) -> tuple[Tensor, Tensor]:
     """Prototype loss and acc_proto of one level: ProtoNCE, or the top-K loss where clusters are few."""
     options, topk, level = config.prototypes, config.topk, levels[depth]
@@ -99,7 +110,9 @@ def _level_loss(
     )
     keep = None
     if options.select and depth:
-        draw = uniform(seed_of(seed, "select-prototypes", depth), len(cluster_ids), level.num_clusters, query.device)
+        draw = uniform(
+            seed_of(seed, "select-prototypes", depth, view), len(cluster_ids), level.num_clusters, query.device
+        )
         keep = prototype_negatives(level, levels[depth - 1], cluster_ids[own], draw[own])
     loss, accuracy = proto_nce(
         query, level.prototypes, level.concentration, columns.ids, columns.target_of_image[own], keep

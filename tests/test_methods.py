@@ -15,8 +15,11 @@ from torch import Tensor
 
 from hpcl.config import Config
 from hpcl.dist import World
+from hpcl.heads import HeadSimilarity
+from hpcl.hierarchy import Hierarchy
 from hpcl.losses import Cosine, contrast, nt_xent
 from hpcl.methods import METHODS, reads
+from hpcl.optimizer import LARS
 from hpcl.prefix import acts_from
 from hpcl.prototypes import Level, make_level, parents
 from hpcl.rng import generator, seed_of
@@ -181,8 +184,8 @@ def test_hcsc_is_both_losses_over_the_selected_negatives() -> None:
     instance, proto, left_out = [], [], 0
     for depth, level in enumerate(levels):
         own, c, phi = level.cluster_of_image, level.prototypes.numpy(), level.concentration.numpy()
-        draw = uniform(seed_of(seed, "select-keys", depth), B, K, torch.device("cpu")).numpy()
-        drawn = uniform(seed_of(seed, "select-prototypes", depth), B, len(c), torch.device("cpu")).numpy()
+        draw = uniform(seed_of(seed_of(seed, "select-keys", 0), "level", depth), B, K, torch.device("cpu")).numpy()
+        drawn = uniform(seed_of(seed, "select-prototypes", depth, 0), B, len(c), torch.device("cpu")).numpy()
         for i in range(B):
             mine = int(own[i])
             kept = [n for n in range(K) if draw[i, n] < 1 - member(queue[n], level, mine)]
@@ -246,7 +249,41 @@ def test_a_tree_groups_prototypes_and_its_means_are_theirs(tiny: Config, tmp_pat
             assert torch.allclose(coarse.prototypes[j], mean / mean.norm(), atol=1e-6)
 
 
+def test_levels_have_the_density_that_was_asked_for(tiny: Config, tmp_path: Path) -> None:
+    features = torch.nn.functional.normalize(torch.randn(405, 16, generator=generator(0, "order")), dim=1)
+    spreads = []
+    for shrink in (0.0, 1.0):
+        trainer = Trainer(tiny.with_values({"density.shrink": shrink, "clusters.first": 8}), tmp_path)
+        level = trainer.hierarchy.cluster(features, features, stage=3, epoch=1, world=ALONE)[0]
+        spreads.append(float(level.concentration.std()))
+    assert spreads[0] > 1e-4 and spreads[1] < 1e-6
+
+
+@pytest.mark.parametrize(("method", "counts"), [("hpcl", (30,)), ("pcl", (30, 51, 87))])
+def test_a_tenth_of_the_images_bounds_growing_clusters_alone(
+    tiny: Config, method: str, counts: tuple[int, ...]
+) -> None:
+    config = tiny.with_values({"method": method, "clusters.first": 30, "clusters.levels": 3})
+    assert Hierarchy(config, 405).counts == counts
+
+
 # ---------------------------------------------------------------- whole runs
+
+
+def test_several_heads_learn_their_temperatures_where_the_head_is_in_use(tiny: Config, tmp_path: Path) -> None:
+    trainer = Trainer(tiny.with_values({"head.kind": "multi", "stages.total": 5}), tmp_path)
+    phi = trainer.pair.query.mlp.phi[0].weight
+    before = phi.detach().clone()
+    trainer.train_one_epoch(1)
+    assert torch.equal(phi, before)  # stage 1 does not use the head
+    trainer.train_one_epoch(2)
+    assert not torch.equal(phi, before)
+    q, k = unit(4, 0), unit(9, 1)
+    similarity = trainer.step._similarity(trainer.plan[1])
+    assert isinstance(similarity, HeadSimilarity) and isinstance(trainer.step._similarity(trainer.plan[0]), Cosine)
+    u, v = (torch.randn(n, 16, generator=generator(n, "order")) for n in (len(q), len(k)))
+    assert torch.equal(similarity.against(u, v), similarity.head.pair_logits(u, v, tiny.head.beta))
+    assert similarity.pairs(u, u).shape == (4, 4)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -274,6 +311,13 @@ def test_a_method_trains_resumes_and_forks_to_the_same_table(tiny: Config, tmp_p
     fit(config, tmp_path / "prefix", until_stage=1)
     forked = fit(config, tmp_path / "fork", fork=tmp_path / "prefix" / "checkpoint.pt").rows
     assert timeless([row | {"shared": False} for row in forked]) == timeless(whole)
+
+
+def test_the_optimizer_is_the_one_that_was_asked_for(tiny: Config, tmp_path: Path) -> None:
+    for kind, wanted in (("sgd", torch.optim.SGD), ("lars", LARS)):
+        trainer = Trainer(tiny.with_values({"optimizer.kind": kind}), tmp_path)
+        trainer._prepare(trainer.plan[0])
+        assert type(trainer._optimizer) is wanted
 
 
 def test_without_a_momentum_encoder_the_key_network_is_the_query_network(tiny: Config, tmp_path: Path) -> None:

@@ -28,9 +28,10 @@ def test_lars_is_the_algorithm() -> None:
             if step.dim() > 1:  # biases are neither scaled nor decayed
                 step = step + DECAY * expected[i]
                 step = step * TRUST * expected[i].square().sum().sqrt() / step.square().sum().sqrt()
-            speed[i] = MOMENTUM * speed[i] + step
-            expected[i] = expected[i] - LR * speed[i]
+            speed[i] = MOMENTUM * speed[i] + optimizer.param_groups[0]["lr"] * step
+            expected[i] = expected[i] - speed[i]
         optimizer.step()
+        optimizer.param_groups[0]["lr"] *= 0.5
     for weight, wanted in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.detach(), wanted, rtol=1e-12, atol=0)
 

@@ -110,6 +110,33 @@ def test_a_field_that_no_method_reads_is_told(field: str, methods: str, said: st
     assert "does nothing with method" in problem
 
 
+def test_a_condition_is_met_by_the_methods_that_have_it_as_a_default() -> None:
+    space = read(
+        "head.hidden: {int: [16, 64], when: {head.kind: simclr2}}\n"
+        "topk.k: {int: [1, 5], when: {topk.mode: [replace, add]}}\n"
+        "method: {choice: [hpcl, pcl, simclr]}\n"
+    )
+    assert next(iter(space.params)) == "method"
+    sampled = {
+        method: [path for path in space.params if space.is_active(path, {"method": method})]
+        for method in ("hpcl", "pcl", "simclr")
+    }
+    assert sampled == {"hpcl": ["method", "topk.k"], "pcl": ["method"], "simclr": ["method", "head.hidden"]}
+    assert "would never be sampled" in problems_of("head.hidden: {int: [16, 64], when: {head.kind: simclr2}}")[0]
+    assert space.params["topk.k"].when == {"method": ("hpcl", "pcl"), "topk.mode": ("replace", "add")}
+    assert spaces.from_tree(read_tree(dump(space.to_tree()), "again.yaml")) == space
+
+
+def test_a_curve_of_prototypes_stops_no_trial_without_them() -> None:
+    rest = "search: {metric: acc_proto}\n"
+    (problem,) = problems_of("method: {choice: [hpcl, moco]}", rest=rest)
+    assert problem.endswith("search.metric is acc_proto, which a trial of method moco never has; use acc_proto_ref")
+    base, objective = "{method: simclr, preset: embedded}", "search: {objective: acc_proto}\n"
+    (problem,) = problems_of("head.hidden: {int: [8, 9]}", base, objective)
+    assert problem.endswith("search.objective is acc_proto, which a trial of method simclr never has; use auto")
+    assert read("method: {choice: [hpcl, pcl]}", rest=rest).search.metric == "acc_proto"
+
+
 def test_the_grammar() -> None:
     space = read(
         "topk.k: {int: [1, 5], step: 2, when: {topk.mode: [replace, add]}}\n"

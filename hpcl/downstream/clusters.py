@@ -33,6 +33,9 @@ from hpcl.stages import make_plan, stage_at, total_epochs
 ITERATIONS = 50
 """Lloyd iterations at most; a constant, so that trials with another ``clusters.iterations`` compare."""
 
+TOLERANCE = 1 / 3
+"""Bound on sizes (:func:`hpcl.kmeans.size_bounds`), the notes'; a constant for the same reason, whatever the method."""
+
 
 MEASURES = ("AMI", "ARI", "purity")
 
@@ -71,12 +74,12 @@ def agreement(labels: Tensor, clusters: Tensor) -> dict[str, float]:
 def kmeans_labels(features: Tensor, num_clusters: int, options: Clusters, seed: int) -> Tensor:
     """(N,) long clusters, 0..M-1, of (N, F) finite features, which are scaled to length 1 here.
 
-    Of the options the tolerance of sizes and the backend count.
+    Of the options the backend counts.
     """
     found = bounded_kmeans(
         functional.normalize(features, dim=1),
         num_clusters,
-        tolerance=options.size_tolerance,
+        tolerance=TOLERANCE,
         seed=seed_of(seed, "k-means", num_clusters),
         iterations=ITERATIONS,
         backend=options.backend,

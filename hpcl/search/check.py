@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from hpcl.backbone_names import name_problem
 from hpcl.config import Config
 from hpcl.data_rules import data_problems
-from hpcl.methods import reads
+from hpcl.methods import METHODS, reads
 from hpcl.search.clock import rung_times
-from hpcl.search.params import Choice, Float, Param, same
+from hpcl.search.params import PROTOTYPE_CURVES, Choice, Float, Param, same
 from hpcl.stages import stage_lengths
 from hpcl.validation import TreePath, field_paths, show, validation_problems
 from hpcl.yamlio import did_you_mean
@@ -110,14 +110,31 @@ def with_parents(space: Space, values: dict[str, Any]) -> dict[str, Any] | None:
     while waiting:
         path = waiting.pop()
         for parent, allowed in space.params[path].when.items() if path in space.params else ():
-            now = complete.get(parent, space.base.at(parent))
+            now = complete.get(parent, space.base_with(complete).at(parent))
             if any(same(now, value) for value in allowed):
                 continue
+            if parent not in space.params and "method" not in complete:  # some methods may have it as their default
+                fitting = [m for m in _methods(space) if _meets(space, m, parent, allowed)]
+                if fitting:
+                    complete["method"] = fitting[0]
+                    waiting.append("method")
+                    continue
             if parent in complete or parent not in space.params:
                 return None
             complete[parent] = allowed[0]
             waiting.append(parent)
     return complete
+
+
+def _methods(space: Space) -> list[str]:
+    """The methods that trials may have."""
+    searched = space.params.get("method")
+    return [str(method) for method in searched.ends()] if searched else [space.base.method]
+
+
+def _meets(space: Space, method: str, parent: str, allowed: tuple[Any, ...]) -> bool:
+    """Whether a field that is not searched has one of these values with a method."""
+    return any(same(space.base_with({"method": method}).at(parent), value) for value in allowed)
 
 
 def _path_problems(space: Space, path: str, known: list[str]) -> list[str]:
@@ -140,7 +157,7 @@ def _when_problems(space: Space, path: str, param: Param, known: list[str]) -> l
             problems.append(f"{where}: when: {parent}: there is no such field{did_you_mean(parent, known)}")
         elif parent not in space.params:
             fixed = space.base.at(parent)
-            if not any(same(fixed, value) for value in allowed):
+            if not any(_meets(space, method, parent, allowed) for method in _methods(space)):
                 problems.append(f"{where}: {path} would never be sampled: {parent} is {show(fixed)} in every trial")
         else:
             other = space.params[parent]
@@ -251,9 +268,8 @@ def _corner_problems(space: Space, wrong: Check) -> list[str]:
 def _unread_problems(space: Space) -> list[str]:
     """Searched fields that no method reads with which they are sampled."""
     problems = []
-    searched = space.params.get("method")
     for path, param in space.params.items():
-        methods = [*(param.when.get("method") or (searched.ends() if searched else (space.base.method,)))]
+        methods = [*(param.when.get("method") or _methods(space))]
         if not any(reads(str(method), path) for method in methods):
             where, names = space.tree.where(("space", path), key=True), ", ".join(map(str, methods))
             which = "method" if len(methods) == 1 else "each of the methods"
@@ -283,7 +299,14 @@ def _search_problems(space: Space) -> list[str]:
                 f"{where(('search', 'brackets'), ('search',))}: search.brackets is {search.brackets}, but must be at "
                 f"most {rungs}, the number of rungs: trials of a bracket without rungs are never stopped"
             )
+    bare = [method for method in _methods(space) if not METHODS[method].prototypes]
     for name, curve in (("metric", search.metric), ("objective", search.objective)):
+        if curve in PROTOTYPE_CURVES and bare:
+            instead, methods = "acc_proto_ref" if name == "metric" else "auto", " or ".join(bare)
+            problems.append(
+                f"{where(('search', name))}: search.{name} is {curve}, which a trial of method {methods} never has; "
+                f"use {instead}"
+            )
         if curve == "knn" and base.meters.knn_every == 0:
             problems.append(f"{where(('search', name))}: search.{name} is knn, but meters.knn_every is 0 (never)")
     return problems

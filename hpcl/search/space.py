@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from hpcl import presets
 from hpcl.config import Config
 from hpcl.errors import ConfigError
+from hpcl.methods import reads
 from hpcl.search.check import space_problems, with_parents
 from hpcl.search.params import Choice, Float, Int, Param, Resources, Search, same
 from hpcl.sections import Section
@@ -60,17 +61,32 @@ class Space:
     resources: Resources
     tree: Tree = field(default_factory=lambda: Tree({}), compare=False, repr=False)
     """The file, for the places in error messages."""
+    _bases: dict[str, Config] = field(default_factory=dict, compare=False, repr=False)
+    """By method, what :meth:`base_with` made."""
 
     @property
     def epochs(self) -> int:
         """Epochs of the base, and of every trial where `stages.total` is set."""
         return sum(stage_lengths(self.base.stages))
 
+    def base_with(self, values: Mapping[str, Any]) -> Config:
+        """The base as it is with a sampled method, whose defaults may differ from the base's own."""
+        method = values.get("method", self.base.method)
+        if method == self.base.method:
+            return self.base
+        if method not in self._bases:
+            self._bases[method] = self.base.with_values({"method": method})
+        return self._bases[method]
+
     def is_active(self, path: str, values: Mapping[str, Any]) -> bool:
         """Whether a field is sampled, given the values sampled before it (others have the base's value)."""
+        when = self.params[path].when
+        if not when:
+            return True
+        base = self.base_with(values)
         return all(
-            any(same(values.get(parent, self.base.at(parent)), value) for value in allowed)
-            for parent, allowed in self.params[path].when.items()
+            any(same(values.get(parent, base.at(parent)), value) for value in allowed)
+            for parent, allowed in when.items()
         )
 
     def default_point(self) -> dict[str, Any]:
@@ -342,8 +358,20 @@ def _settled(space: Space) -> Space:
         if isinstance(param, Choice):
             kept = [space.base.with_values(space_values) for space_values in _each(space, path, param)]
             param = param.model_copy(update={"choices": tuple(config.at(path) for config in kept)})
-        params[path] = param
+        params[path] = _where_read(path, param, params.get("method"))
     return replace(space, params=params)
+
+
+def _where_read(path: str, param: Param, methods: Param | None) -> Param:
+    """The field with the condition that the sampled method reads it, where not all of them do."""
+    if methods is None or "method" in param.when:
+        return param
+    reading = tuple(method for method in methods.ends() if reads(str(method), path))
+    return (
+        param
+        if len(reading) in (0, len(methods.ends()))
+        else param.model_copy(update={"when": {"method": reading, **param.when}})
+    )
 
 
 def _each(space: Space, path: str, param: Choice) -> Iterator[dict[str, Any]]:
@@ -360,7 +388,7 @@ def _parents_first(params: Mapping[str, Param]) -> list[str]:
                 add(parent)
             order.append(path)
 
-    for path in params:
+    for path in ("method", *params):  # the method decides what others' conditions meet in the base
         add(path)
     return order
 

@@ -59,7 +59,6 @@ class Tables:
         self.metric, self.objective = space.search.metric, space.search.objective
         self._folder, self._journal, self._space = folder, journal, space
         self._kinds = {path: _kind(param) for path, param in space.params.items()}
-        self._base = {path: space.base.at(path) for path in space.params}
         self._newest: dict[str, Row] = {}
         self._prefix_rows: dict[str, list[Row]] = {}
         self._rung_rows: dict[tuple[str, float], Row] = {}
@@ -196,7 +195,8 @@ class Tables:
     def _take_trial(self, event: Event) -> None:
         trial_id, values = event["trial"], event["values"]
         self.values[trial_id] = dict(values)
-        cells = {**self._base, **values}
+        base = self._space.base_with(values)
+        cells = {**{path: base.at(path) for path in self._space.params}, **values}
         row: Row = {
             "trial_id": trial_id,
             "number": event["number"],
@@ -294,7 +294,7 @@ class Tables:
             {
                 "value": value,
                 "clusters": self._rung_rows[trial, at].get("clusters"),
-                **{path: self.trials[trial][f"config.{path}"] for path in self._base},
+                **{path: self.trials[trial][f"config.{path}"] for path in self._space.params},
             }
             for trial, _, at, value in self.rungs
             if at == rung
