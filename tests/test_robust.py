@@ -380,6 +380,10 @@ def test_a_name_with_control_characters_is_printed_and_written_harmlessly(
 
 
 def test_differences_from_the_notes() -> None:
+    pcl = differences_from_notes(Config().with_values({"method": "pcl"}))["also different, by the method"]
+    assert [line.split()[0] for line in pcl] == [
+        "head.attach", "clusters.size_tolerance", "prototypes.targets", "topk.mode"
+    ]  # fmt: skip
     assert differences_from_notes(Config()) == {
         "against the research notes' configuration": ["it is the notes' configuration"]
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hpcl.downstream.scores import OBJECTIVES
 from hpcl.files import bytes_in_words
+from hpcl.methods import METHODS
 from hpcl.search.params import Choice, Param
 from hpcl.search.places import shown
 from hpcl.search.plan import Plan, counted, duration, number
@@ -51,8 +52,12 @@ def render(plan: Plan) -> str:
 
 def _trials(plan: Plan) -> str:
     space, lengths = plan.space, plan.lengths
-    stages = "/".join(str(n) for n in stage_lengths(space.base.stages))
-    each = f"{space.epochs} epochs (stages {stages}{', searched' if _lengths_searched(space) else ''})"
+    stage_epochs = stage_lengths(space.base.stages)
+    method = METHODS[space.base.method]
+    how = "stages " + "/".join(str(n) for n in stage_epochs)
+    if not method.staged:
+        how = f"one schedule, {stage_epochs[0]} of warm-up" if method.prototypes else "one schedule"
+    each = f"{space.epochs} epochs ({how}{', searched' if _lengths_searched(space) else ''})"
     if not _same_length(plan):
         each = f"{lengths.least} to {lengths.most} epochs, on average {sum(lengths.typical):.0f}; the base has {each}"
     return f"{space.search.trials} of {each}"
