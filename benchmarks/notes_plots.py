@@ -63,7 +63,7 @@ def ceiling(table: pd.DataFrame, batch: int) -> Figure:
     ax.set(title=f"A: does acc_proto sit at its ceiling with few clusters?  n = {seeds} seeds, points; batch {batch}")
     ax.set(ylabel="acc_proto, mean at a count [0..1]", ylim=(0, 1.02))
     _count_axis(ax, counts)
-    ax.legend(loc="center left", bbox_to_anchor=(0.0, 0.6))
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8.5)
     return figure
 
 
@@ -118,9 +118,8 @@ def loss(table: pd.DataFrame, batches: tuple[int, int], classes: int) -> Figure:
     for ax, title in zip(axes, ("two batches", f"batch {batches[0]}"), strict=True):
         _marks(ax, classes)
         _count_axis(ax, counts)
-        ax.set(title=title, ylabel="loss_proto [nats]", ylim=(0, None))
+        ax.set(title=title, ylabel="loss_proto [nats]", ylim=(0, 1.4 * ax.get_ylim()[1]))
         ax.legend(loc="upper right")
-        _room(ax)
     seeds = table["seed"].nunique()
     figure.suptitle(f"C: is loss_proto lowest near the class count?  n = {seeds} seeds, points", x=0.01, ha="left")
     return figure
