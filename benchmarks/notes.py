@@ -22,10 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from hpcl import presets
 from hpcl.config import Config
 from hpcl.errors import UserError
 from hpcl.files import read_object, write_text
+from hpcl.validation import validation_problems
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +168,7 @@ def train(plan: Plan, base: Config, num_images: int, folder: Path) -> list[dict[
 def table_of(runs: list[tuple[Plan, list[dict[str, Any]]]]) -> pd.DataFrame:
     """One row per run and epoch with prototypes, as the rules read it."""
     import pandas as pd
-    from notes_rules import COLUMNS
+    from notes_verdict import COLUMNS
 
     rows = [{**vars(plan), **row} for plan, rows in runs for row in rows if row["clusters"] is not None]
     return pd.DataFrame(rows).reindex(columns=[*COLUMNS, "grew", "growth_reason"])
@@ -205,8 +208,9 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except ValueError as error:  # of a configuration
-        print(f"these options do not fit: {error}", file=sys.stderr)
+    except ValidationError as error:
+        for problem in validation_problems(error, Config):
+            print(f"these options do not fit: {problem.text}", file=sys.stderr)
         return 2
 
 

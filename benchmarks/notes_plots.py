@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-from notes_rules import growths, part, pcl_floor
+from notes_verdict import growths, part, pcl_floor
 
 from hpcl.analysis.charts.look import COLOURS, SERIES, chart, new_figure, whole_numbers
 from hpcl.files import atomic_path

@@ -1,6 +1,6 @@
 """When an observation of the research notes counts as confirmed: rules on curves, fixed before anything was run.
 
-Each rule takes a table with one row per run and epoch (:data:`COLUMNS`, of epochs with prototypes) and answers
+Each rule takes a table with one row per run and epoch (`notes_verdict.COLUMNS`, of epochs with prototypes) and answers
 `confirmed` where every seed shows the observation, `in part` where most seeds or the seeds taken together do, else
 `not confirmed`; `not seen here` where what it is about did not come up. The rule is the docstring, which is printed.
 
@@ -9,113 +9,16 @@ Legend: k clusters of a level, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import pandas as pd
-from scipy import stats
+from notes_verdict import MOST, Answer, Verdict, answer, by_count, growths, judged, part, share_of, spread
 
 from hpcl.losses import pcl_ceiling
 
-COLUMNS = (
-    "set", "targets", "policy", "head", "batch", "seed", "epoch", "stage", "clusters", "acc_proto", "acc_inst",
-    "loss_proto", "knn", "objective",
-)  # fmt: skip
-"""Of the table. `set` is `sweep` (growth every second epoch), `held` (one count, few epochs), `rule` (grown by the
-policy) or `head` (one count, many epochs); the others name what was varied and, from `epoch` on, the run's columns."""
-
-Answer = Literal["confirmed", "in part", "not confirmed", "not seen here"]
-
 EACH = 0.9
 """Share that counts as "at each growth"."""
-MOST = 2 / 3
-"""Share of seeds, or of growths, that counts as "most"."""
 NEAR_CLASSES = (0.6, 2.4)
 """The notes' lowest loss was at 60/120/240 clusters for 100 classes."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one observation."""
-
-    name: str
-    """Such as `A1`."""
-    answer: Answer
-    rule: str
-    """What had to be seen, in words."""
-    figures: str
-    """What was seen."""
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.answer}\n  rule: {self.rule}\n  seen: {self.figures}"
-
-
-def answer(by_seed: Sequence[bool], together: bool = False) -> Answer:
-    """The answer where each seed does or does not show it, and the seeds taken together do or do not."""
-    if not len(by_seed):
-        return "not seen here"
-    if all(by_seed):
-        return "confirmed"
-    return "in part" if together or sum(by_seed) / len(by_seed) >= MOST else "not confirmed"
-
-
-def part(table: pd.DataFrame, **values: object) -> pd.DataFrame:
-    """The rows with these values, of the stage that grows where the set is not `head`."""
-    for column, value in values.items():
-        table = table[table[column] == value]
-    return table if values.get("set") == "head" else table[table["stage"] == 3]
-
-
-def growths(table: pd.DataFrame) -> pd.DataFrame:
-    """Every step from an epoch to the next of the same run: seed, old and new count, change of both accuracies."""
-    steps = []
-    for seed, run in table.sort_values("epoch").groupby("seed"):
-        old, new = run.iloc[:-1], run.iloc[1:]
-        steps.append(
-            pd.DataFrame(
-                {
-                    "seed": seed,
-                    "old": old["clusters"].to_numpy(),
-                    "new": new["clusters"].to_numpy(),
-                    "proto": new["acc_proto"].to_numpy() - old["acc_proto"].to_numpy(),
-                    "inst": new["acc_inst"].to_numpy() - old["acc_inst"].to_numpy(),
-                }
-            )
-        )
-    return pd.concat(steps) if steps else pd.DataFrame(columns=["seed", "old", "new", "proto", "inst"])
-
-
-def pcl_floor(k: int, batch: int) -> float:
-    """Loss in nats of `pcl` targets when every image lies at its prototype and far from all others.
-
-    The mean of log m, where m - 1 ~ Binomial(B - 1, 1/k) others of the batch share the prototype of an image and count
-    as wrong.
-    """
-    shared = np.arange(batch)
-    return float((stats.binom.pmf(shared, batch - 1, 1 / k) * np.log1p(shared)).sum())
-
-
-def _by_count(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean over the epochs at a count: one row per count, one column per seed."""
-    return table.pivot_table(index="clusters", columns="seed", values=column, aggfunc="mean")
-
-
-def _verdict(rule: Callable[..., Verdict], given: Answer, figures: str, name: str) -> Verdict:
-    """The verdict of a rule, whose docstring says it in words."""
-    return Verdict(name, given, " ".join((rule.__doc__ or "").split()), figures)
-
-
-def spread(values: Sequence[float] | pd.Series, digits: int = 3) -> str:
-    """Mean ± sd (n) of the values that are there."""
-    known = [float(value) for value in values if np.isfinite(value)]
-    sd = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.{digits}f}{sd} (n = {len(known)})" if known else "nothing (n = 0)"
-
-
-def _share(hits: Sequence[bool] | pd.Series) -> str:
-    return f"{int(np.sum(hits))} of {len(hits)}"
 
 
 # ---------------------------------------------------------------- A, B, C: runs that grow every second epoch
@@ -124,21 +27,19 @@ def _share(hits: Sequence[bool] | pd.Series) -> str:
 def near_ceiling(table: pd.DataFrame, batch: int) -> Verdict:
     """With `pcl` targets and at most B/4 clusters, acc_proto lies at 80 to 110 % of its ceiling at every count of
     every seed; in part: at two thirds of them."""
-    acc = _by_count(part(table, set="sweep", targets="pcl", batch=batch, head="v2"), "acc_proto")
+    acc = by_count(part(table, set="sweep", targets="pcl", batch=batch, head="v2"), "acc_proto")
     acc = acc[acc.index <= batch / 4]
     ratio = acc.div([pcl_ceiling(int(k), batch) for k in acc.index], axis=0)
     near = (ratio >= 0.8) & (ratio <= 1.1)
     found = answer([bool(near[seed].all()) for seed in near], bool(near.size and near.to_numpy().mean() >= MOST))
     each = ", ".join(f"k = {k}: {acc.loc[k].mean():.3f} of {pcl_ceiling(int(k), batch):.3f}" for k in acc.index)
-    return _verdict(
-        near_ceiling, found, f"{each}; ratio {spread(ratio.to_numpy().ravel())} over counts and seeds", "A1"
-    )
+    return judged(near_ceiling, found, f"{each}; ratio {spread(ratio.to_numpy().ravel())} over counts and seeds", "A1")
 
 
 def fix_restores(table: pd.DataFrame, batch: int) -> Verdict:
     """With `adjusted` targets acc_proto is at least twice the ceiling of `pcl` at every count up to B/4 of every seed,
     and in the first epoch with prototypes loss_proto is that of `pcl` to 1e-5 of it; in part: one of the two."""
-    acc = {t: _by_count(part(table, set="sweep", targets=t, batch=batch, head="v2"), "acc_proto")
+    acc = {t: by_count(part(table, set="sweep", targets=t, batch=batch, head="v2"), "acc_proto")
            for t in ("pcl", "adjusted", "unique")}  # fmt: skip
     adjusted = acc["adjusted"][acc["adjusted"].index <= batch / 4]
     above = adjusted.ge([2 * pcl_ceiling(int(k), batch) for k in adjusted.index], axis=0).to_numpy()
@@ -146,7 +47,7 @@ def fix_restores(table: pd.DataFrame, batch: int) -> Verdict:
         index=["seed", "epoch"], columns="targets", values="loss_proto"
     )
     if not len(adjusted) or "pcl" not in pairs:
-        return _verdict(fix_restores, "not seen here", "no pairs of runs", "A2")
+        return judged(fix_restores, "not seen here", "no pairs of runs", "A2")
     apart = (pairs["adjusted"] / pairs["pcl"] - 1).abs()
     first = apart.groupby("seed").first()
     restored, same = bool(above.all()), bool((first <= 1e-5).all())
@@ -159,7 +60,7 @@ def fix_restores(table: pd.DataFrame, batch: int) -> Verdict:
         f"acc_proto of pcl / adjusted / unique: {each}; loss_proto of pcl and adjusted apart by at most "
         f"{first.max():.1e} in the first epoch with prototypes, {apart.max():.1e} in any"
     )
-    return _verdict(fix_restores, found, figures, "A2")
+    return judged(fix_restores, found, figures, "A2")
 
 
 def _sides(table: pd.DataFrame, targets: str, batch: int) -> pd.DataFrame:
@@ -174,8 +75,8 @@ def rises_below_batch(table: pd.DataFrame, batch: int) -> Verdict:
     below, above = steps[steps["new"] <= batch], steps[steps["new"] > batch]
     up = (below["proto"] > 0).groupby(below["seed"]).mean()
     found = answer(list(up >= EACH), bool(len(below) and (below["proto"] > 0).mean() >= MOST))
-    figures = f"rises at {_share(below['proto'] > 0)} growths up to B, at {_share(above['proto'] > 0)} beyond"
-    return _verdict(rises_below_batch, found, figures, f"B1 (batch {batch})")
+    figures = f"rises at {share_of(below['proto'] > 0)} growths up to B, at {share_of(above['proto'] > 0)} beyond"
+    return judged(rises_below_batch, found, figures, f"B1 (batch {batch})")
 
 
 def falls_beyond_classes(table: pd.DataFrame, batch: int, classes: int, targets: str) -> Verdict:
@@ -187,10 +88,10 @@ def falls_beyond_classes(table: pd.DataFrame, batch: int, classes: int, targets:
     found = answer(list(down >= EACH), bool(len(beyond) and (beyond["proto"] < 0).mean() >= MOST))
     later = beyond[beyond["old"] >= batch]
     figures = (
-        f"falls at {_share(beyond['proto'] < 0)} growths beyond the classes (of these at "
-        f"{_share(later['proto'] < 0)} from at least B clusters), at {_share(below['proto'] < 0)} below"
+        f"falls at {share_of(beyond['proto'] < 0)} growths beyond the classes (of these at "
+        f"{share_of(later['proto'] < 0)} from at least B clusters), at {share_of(below['proto'] < 0)} below"
     )
-    return _verdict(falls_beyond_classes, found, figures, f"B2 ({targets}, batch {batch})")
+    return judged(falls_beyond_classes, found, figures, f"B2 ({targets}, batch {batch})")
 
 
 def turns_at_classes(table: pd.DataFrame, batch: int, classes: int, targets: str) -> Verdict:
@@ -199,12 +100,10 @@ def turns_at_classes(table: pd.DataFrame, batch: int, classes: int, targets: str
     steps = _sides(table, targets, batch)
     turns = steps[steps["proto"] < 0].groupby("seed")["old"].first()
     if not len(turns):
-        return _verdict(
-            turns_at_classes, "not seen here", "it never falls at a growth", f"B3 ({targets}, batch {batch})"
-        )
+        return judged(turns_at_classes, "not seen here", "it never falls at a growth", f"B3 ({targets}, batch {batch})")
     near = [0.5 <= turns.get(seed, np.inf) / classes <= 2 for seed in sorted(steps["seed"].unique())]
     figures = f"first fall from {', '.join(f'{turns.get(s, 0):g}' for s in sorted(steps['seed'].unique()))} clusters"
-    return _verdict(turns_at_classes, answer(near), f"{figures}; {classes} classes", f"B3 ({targets}, batch {batch})")
+    return judged(turns_at_classes, answer(near), f"{figures}; {classes} classes", f"B3 ({targets}, batch {batch})")
 
 
 def little_change_at_a_count(table: pd.DataFrame, batch: int) -> Verdict:
@@ -214,12 +113,12 @@ def little_change_at_a_count(table: pd.DataFrame, batch: int) -> Verdict:
     size = steps.assign(at=steps["old"] != steps["new"], proto=steps["proto"].abs().astype(float))
     by_seed = size.pivot_table(index="seed", columns="at", values="proto", aggfunc="median")
     if by_seed.shape[1] < 2:
-        return _verdict(
+        return judged(
             little_change_at_a_count, "not seen here", "no growths, or none that is followed by an epoch", "B4"
         )
     both = size.groupby("at")["proto"].median()
     found = answer(list(by_seed[False] <= by_seed[True] / 2), bool(both[False] <= both[True] / 2))
-    return _verdict(
+    return judged(
         little_change_at_a_count,
         found,
         f"median change {both[True]:.4f} at a growth, {both[False]:.4f} within a count",
@@ -234,19 +133,19 @@ def recovers(table: pd.DataFrame, batch: int, classes: int, targets: str) -> Ver
     within = steps[(steps["old"] == steps["new"]) & (steps["old"] > classes)]
     up = (within["proto"] > 0).groupby(within["seed"]).mean()
     found = answer(list(up >= EACH), bool(len(within) and (within["proto"] > 0).mean() >= MOST))
-    return _verdict(
-        recovers, found, f"rises in {_share(within['proto'] > 0)} counts beyond the classes", f"B5 ({targets})"
+    return judged(
+        recovers, found, f"rises in {share_of(within['proto'] > 0)} counts beyond the classes", f"B5 ({targets})"
     )
 
 
 def lowest_loss(table: pd.DataFrame, batch: int, classes: int, runs: str) -> Verdict:
     """The count with the lowest mean loss_proto (`pcl` targets, whose loss is that of `adjusted`) lies between 0.6 and
     2.4 times the number of classes (notes: 60/120/240 for 100), in every seed; in part: in two thirds of the seeds."""
-    loss = _by_count(part(table, set=runs, targets="pcl", batch=batch, head="v2"), "loss_proto")
+    loss = by_count(part(table, set=runs, targets="pcl", batch=batch, head="v2"), "loss_proto")
     best = loss.idxmin() if len(loss) else pd.Series(dtype=float)
     low, high = (factor * classes for factor in NEAR_CLASSES)
     figures = f"lowest at {', '.join(f'{k:g}' for k in best)} of {', '.join(f'{k:g}' for k in loss.index)} clusters"
-    return _verdict(
+    return judged(
         lowest_loss,
         answer(list(best.between(low, high))),
         f"{figures}; {classes} classes",
@@ -257,11 +156,11 @@ def lowest_loss(table: pd.DataFrame, batch: int, classes: int, runs: str) -> Ver
 def classes_cause_it(table: pd.DataFrame, batches: tuple[int, int]) -> Verdict:
     """The number of classes is why: with another batch the lowest loss_proto stays at the same count, in every seed; in
     part: in two thirds of the seeds."""
-    small, large = (_by_count(part(table, set="sweep", targets="pcl", batch=b, head="v2"), "loss_proto").idxmin()
+    small, large = (by_count(part(table, set="sweep", targets="pcl", batch=b, head="v2"), "loss_proto").idxmin()
                     for b in batches)  # fmt: skip
     both = pd.concat([small, large], axis=1, keys=batches).dropna()
     figures = "; ".join(f"batch {b}: {', '.join(f'{k:g}' for k in both[b])}" for b in batches)
-    return _verdict(
+    return judged(
         classes_cause_it, answer(list(both[batches[0]] == both[batches[1]])), f"lowest at, {figures} clusters", "C2"
     )
 
@@ -292,7 +191,7 @@ def plateau_sticks(table: pd.DataFrame, batch: int, targets: str) -> Verdict:
         f"first two counts; {', '.join(f'{n:g}' for n in ends['growths']['plateau'])} growths, to "
         f"{', '.join(f'{n:g}' for n in ends['last']['plateau'])} clusters"
     )
-    return _verdict(plateau_sticks, answer(list(share >= 0.5), bool(share.mean() >= 0.5)), figures, f"D1 ({targets})")
+    return judged(plateau_sticks, answer(list(share >= 0.5), bool(share.mean() >= 0.5)), figures, f"D1 ({targets})")
 
 
 def window_goes_on(table: pd.DataFrame, batch: int, targets: str) -> Verdict:
@@ -307,7 +206,7 @@ def window_goes_on(table: pd.DataFrame, batch: int, targets: str) -> Verdict:
         f"{', '.join(f'{n:g}' for n in ends['growths']['window'])} growths, to "
         f"{', '.join(f'{n:g}' for n in last['window'])} clusters"
     )
-    return _verdict(window_goes_on, answer(list(on), bool(mean)), figures, f"D2 ({targets})")
+    return judged(window_goes_on, answer(list(on), bool(mean)), figures, f"D2 ({targets})")
 
 
 def few_clusters_cost(table: pd.DataFrame, batch: int, targets: str) -> Verdict:
@@ -319,7 +218,7 @@ def few_clusters_cost(table: pd.DataFrame, batch: int, targets: str) -> Verdict:
     if found == "confirmed" and gain.mean() < 0.005:
         found = "in part"
     figures = f"plateau {spread(probe['plateau'])}, window {spread(probe['window'])}, difference {spread(gain)}"
-    return _verdict(few_clusters_cost, found, figures, f"D3 ({targets})")
+    return judged(few_clusters_cost, found, figures, f"D3 ({targets})")
 
 
 def inst_grows_alone(table: pd.DataFrame, batch: int) -> Verdict:
@@ -339,7 +238,7 @@ def inst_grows_alone(table: pd.DataFrame, batch: int) -> Verdict:
             f"{len(held)} epochs at {count:g}: acc_inst {first['acc_inst']:.3f} to {last['acc_inst']:.3f}, "
             f"acc_proto {first['acc_proto']:.3f} to {last['acc_proto']:.3f}"
         )
-    return _verdict(inst_grows_alone, answer(seen), "; ".join(lines), "F1")
+    return judged(inst_grows_alone, answer(seen), "; ".join(lines), "F1")
 
 
 def inst_ahead(table: pd.DataFrame, batch: int) -> Verdict:
@@ -348,7 +247,7 @@ def inst_ahead(table: pd.DataFrame, batch: int) -> Verdict:
     inst = _ends(table, "pcl", batch)["inst"]
     gain = inst["plateau"] / inst["window"] - 1
     figures = f"plateau {spread(inst['plateau'])}, window {spread(inst['window'])}"
-    return _verdict(inst_ahead, answer(list(gain >= 0.05), bool(gain.mean() >= 0.05)), figures, "F2")
+    return judged(inst_ahead, answer(list(gain >= 0.05), bool(gain.mean() >= 0.05)), figures, "F2")
 
 
 def inst_grows_past_turn(table: pd.DataFrame, batch: int, targets: str) -> Verdict:
@@ -365,7 +264,7 @@ def inst_grows_past_turn(table: pd.DataFrame, batch: int, targets: str) -> Verdi
             f"acc_proto {peak['acc_proto']:.3f} (k = {peak['clusters']:g}) to {last['acc_proto']:.3f} "
             f"(k = {last['clusters']:g}), acc_inst {peak['acc_inst']:.3f} to {last['acc_inst']:.3f}"
         )
-    return _verdict(
+    return judged(
         inst_grows_past_turn, answer(seen), "; ".join(lines) or "acc_proto is highest at the end", f"F3 ({targets})"
     )
 
@@ -384,7 +283,7 @@ def slow_with_v1(table: pd.DataFrame, batch: int) -> Verdict:
         f"falls by {spread(fall['v1'])} nats with v1 to {last['v1'].mean():.3f}, by {spread(fall['v2'])} with v2 to "
         f"{last['v2'].mean():.3f}"
     )
-    return _verdict(slow_with_v1, answer(slower, bool(fall["v1"].mean() < fall["v2"].mean())), figures, "E1")
+    return judged(slow_with_v1, answer(slower, bool(fall["v1"].mean() < fall["v2"].mean())), figures, "E1")
 
 
 def v2_is_better(table: pd.DataFrame, batch: int, measure: str) -> Verdict:
@@ -392,7 +291,7 @@ def v2_is_better(table: pd.DataFrame, batch: int, measure: str) -> Verdict:
     runs = part(table, set="head", batch=batch).sort_values("epoch").groupby(["seed", "head"])[measure]
     last = runs.last().unstack("head")
     figures = f"{measure}: v1 {spread(last['v1'])}, v2 {spread(last['v2'])}"
-    return _verdict(v2_is_better, answer(list(last["v2"] > last["v1"])), figures, f"E2 ({measure})")
+    return judged(v2_is_better, answer(list(last["v2"] > last["v1"])), figures, f"E2 ({measure})")
 
 
 def verdicts(table: pd.DataFrame, batches: tuple[int, int], classes: int) -> list[Verdict]:

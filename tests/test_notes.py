@@ -31,6 +31,13 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("notes_rules")
 
 
+@pytest.fixture
+def verdict(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/notes_verdict.py."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("notes_verdict")
+
+
 def run(seed: int, clusters: Sequence[int], **columns: Any) -> list[dict[str, Any]]:
     """Rows of a run with these counts, an epoch each; a column is one value, one an epoch, or made of the count."""
     base = {"set": "sweep", "targets": "pcl", "policy": "fixed", "head": "v2", "batch": BATCH, "stage": 3}
@@ -186,8 +193,8 @@ def test_the_classes_are_the_cause_only_where_the_batch_moves_nothing(rules: Any
     assert rules.classes_cause_it(table(*map(both, range(3))), (BATCH, 256)).answer == said
 
 
-def test_growths_of_two_seeds_are_not_mixed(rules: Any) -> None:
-    steps = rules.growths(table(run(0, (2, 4), acc_proto=[0.1, 0.4]), run(1, (2, 2), acc_proto=[0.9, 0.8])))
+def test_growths_of_two_seeds_are_not_mixed(verdict: Any) -> None:
+    steps = verdict.growths(table(run(0, (2, 4), acc_proto=[0.1, 0.4]), run(1, (2, 2), acc_proto=[0.9, 0.8])))
     assert steps[["seed", "old", "new"]].to_numpy().tolist() == [[0, 2, 4], [1, 2, 2]]
     assert steps["proto"].to_numpy() == pytest.approx([0.3, -0.1])
 
@@ -200,10 +207,10 @@ def test_what_did_not_come_up_is_not_judged(rules: Any) -> None:
 
 
 @pytest.mark.parametrize(("k", "batch"), [(2, 8), (7, 64), (300, 64), (1, 5)])
-def test_the_floor_of_pcl_targets_is_that_of_drawn_batches(rules: Any, k: int, batch: int) -> None:
+def test_the_floor_of_pcl_targets_is_that_of_drawn_batches(verdict: Any, k: int, batch: int) -> None:
     draws = np.random.default_rng(0).integers(0, k, (4000, batch))
     shared = (draws == draws[:, :1]).sum(axis=1)  # images at the prototype of the first, itself among them
-    assert rules.pcl_floor(k, batch) == pytest.approx(np.log(shared).mean(), abs=0.03)
+    assert verdict.pcl_floor(k, batch) == pytest.approx(np.log(shared).mean(), abs=0.03)
 
 
 def test_mistakes_of_the_user_are_told_in_a_line() -> None:
