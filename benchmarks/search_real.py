@@ -254,20 +254,25 @@ def spaces_of(options: argparse.Namespace) -> list[tuple[int, str, str, Space]]:
 
 
 def has_ended(folder: Path, space: Space) -> bool:
-    """Whether this very search lies there and has ended by itself.
+    """Whether this very search, with these limits, lies there and has ended by itself.
 
     Raises:
         UserError: it is one of another space.
     """
-    from hpcl.search.folder import SPACE_NAME, differences
+    from hpcl.files import read_object
+    from hpcl.search.folder import BUDGETS, RECORD_NAME, SPACE_NAME, differences
     from hpcl.search.space import load
-    from hpcl.search.status import read
 
-    if not (folder / SPACE_NAME).is_file() or read(folder).state != "finished":
+    try:
+        state = read_object(folder / RECORD_NAME).get("state")
+    except (OSError, ValueError):  # not begun, or killed early; the search itself says what it makes of that
         return False
-    if refused := differences(load(folder / SPACE_NAME), space)[0]:
+    if state != "finished":
+        return False
+    there = load(folder / SPACE_NAME)
+    if refused := differences(there, space)[0]:
         raise UserError(f"{folder}: holds another search ({'; '.join(refused)}); give another folder with --results")
-    return True
+    return all(getattr(there.search, name) == getattr(space.search, name) for name in BUDGETS)
 
 
 def main() -> int:

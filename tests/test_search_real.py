@@ -15,6 +15,7 @@ from recorded import run_script, write_search
 
 from hpcl.errors import UserError
 from hpcl.results import SearchResults
+from hpcl.search import space as spaces
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "search_real.py"
 OBJECTIVE = [0.90, 0.88, 0.93, 0.91]
@@ -115,6 +116,20 @@ def test_both_searches_are_one_space_but_for_what_stops(bench: dict[str, Any]) -
     assert stopped.search == whole.search.model_copy(update=same)
     assert (whole.search.grace, whole.search.share_prefix) == (None, False)
     assert (stopped.base, stopped.params) == (whole.base, whole.params)
+
+
+def test_only_the_same_search_is_read_instead_of_run(bench: dict[str, Any], tmp_path: Path) -> None:
+    has_ended, folder = bench["has_ended"], tmp_path / "there"
+    written(folder, fields={"moco.temperature": np.array([0.1, 0.2, 0.3, 0.4])})
+    space = spaces.load(folder / "space.yaml")
+    assert has_ended(folder, space)
+    assert not has_ended(tmp_path / "nowhere", space)
+    assert not has_ended(folder, spaces.with_overrides(space, trials=5))  # goes on with it
+    with pytest.raises(UserError, match=r"holds another search \(optimizer.batch: 512 there, 64 here\)"):
+        has_ended(folder, spaces.apply_overrides(space, ["optimizer.batch=64"]))
+    record = folder / "search.json"
+    record.write_text(record.read_text().replace("finished", "interrupted"))
+    assert not has_ended(folder, space)
 
 
 @pytest.mark.parametrize(
