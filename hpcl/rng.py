@@ -6,8 +6,8 @@ is fresh, resumed, or follows another run in a reused process, and whatever othe
 draws happen before it.
 
 Purposes in use: init (weights), order (of images in an epoch), step and in it view,
-shuffle, negatives, select-keys, select-prototypes, key- and query-layers (dropout), queue (first keys),
-cluster, reference and fixed-views (meters), probe and probe-split (linear probe), untrained, episodes and
+shuffle, negatives, select-keys (and in it level), select-prototypes, key- and query-layers (dropout), queue (first
+keys), cluster, reference and fixed-views (meters), probe and probe-split (linear probe), untrained, episodes and
 k-means (downstream tasks), downstream-order, -views and -layers (training by labels), labels and label-classes
 (lists of labelled images), student and small-student, sgan, sgan-labelled, -unlabelled, -views and -noise,
 voc-shots (images with few labels), detection-init, -order, -flip and -sample (of a detector), data-test,
