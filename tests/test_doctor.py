@@ -335,6 +335,7 @@ def ran(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, **environment})
 
 
+@pytest.mark.slow  # 15 s
 def test_a_run_on_this_machine(tmp_path: Path) -> None:
     """Everything is looked at, Ray too; what was made is gone."""
     results, space = tmp_path / "deep" / "results", str(ROOT / "search_spaces" / "smoke.yaml")

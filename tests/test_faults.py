@@ -84,7 +84,8 @@ def free(cluster: Any) -> bool:
     return not (cluster.orphans() or cluster.groups() or cluster.held())
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # 14 s each
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_stop_frees_the_place_and_the_processes_of_a_trial_that_has_no_successor(
     cluster: Any, search: Any, workers: int
 ) -> None:

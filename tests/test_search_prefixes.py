@@ -101,6 +101,7 @@ def test_children_are_bit_equal_to_unshared_runs(shared: Found, alone: Found) ->
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow  # 15 s
 def test_another_search_takes_the_prefixes_that_are_there(shared: Found, results: Path, ray: None) -> None:
     lines: list[str] = []
     again = hpcl.search.run(make("search.seed=5"), name="again", results=results, say=lines.append)

@@ -131,15 +131,6 @@ def test_settings_that_do_not_fit_the_data_are_all_named(tiny: Config, tmp_path:
         {"clusters.nesting": "tree", "moco.select": True, "prototypes.select": True, "head.kind": "multi"},
         {"clusters.counts": (3, 9), "density.shrink": 0.5, "density.parent": 0.5, "head.kind": "simclr2"},
         {"runtime.precision": "bf16", "model.bn_splits": 2, "meters.knn_every": 0, "stages.stage1.epochs": 0},
-        {
-            "model.backbone": "resnet18",
-            "model.stem": "imagenet",
-            "meters.knn_every": 0,
-            "stages.total": 5,
-            "data.subset": 0.04,
-            "optimizer.batch": 32,
-            "moco.queue": 32,
-        },
     ],
 )
 def test_every_option_trains(tiny: Config, tmp_path: Path, changes: dict[str, Any]) -> None:
