@@ -139,8 +139,8 @@ class Ours:
         self.step = Step(config, self.pair, self.queue, data, DeviceImages(data, device), world)
         self.pair.to(device, self.step.dtype)
         self.queue.to(device, self.step.dtype)
-        if device.type == "cuda":
-            self.pair.to(memory_format=torch.channels_last)
+        self.pair.to(memory_format=torch.channels_last)
+        self.step.layout = torch.channels_last  # as the trainer does
         self.plan = next(plan for plan in make_plan(config) if plan.stage == 3)
         self.parameters = self.pair.set_stage(self.plan)
         options = config.optimizer
@@ -150,9 +150,8 @@ class Ours:
         draw = generator(0, "queue")
         self.queue.fill(unit(torch.randn(self.queue.keys.shape, generator=draw)))
         self.order = torch.randperm(self.count, generator=draw)
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         views = torch.randn(2, self.batch, 3, size, size, generator=draw).to(device, self.step.dtype)
-        self.views = [view.contiguous(memory_format=layout) for view in views]
+        self.views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         self.gradient = torch.randn(self.batch, config.model.dim, generator=draw).to(device) / self.batch
 
     def take(self, number: int) -> None:

@@ -77,9 +77,7 @@ class LightlyStep:
         self.config = config
         self.backbone = copy.deepcopy(backbone).requires_grad_(True).to(device)
         self.head = MoCoProjectionHead(feature_dim, config.head.hidden, config.model.dim).to(device)
-        self.channels_last = device.type == "cuda"  # as this package does
-        if self.channels_last:
-            self.backbone.to(memory_format=torch.channels_last)
+        self.backbone.to(memory_format=torch.channels_last)  # as this package does
         self.key_backbone, self.key_head = copy.deepcopy(self.backbone), copy.deepcopy(self.head)
         deactivate_requires_grad(self.key_backbone)
         deactivate_requires_grad(self.key_head)
@@ -125,8 +123,7 @@ class LightlyStep:
         self.optimizer.zero_grad()
 
     def _moved(self, view: Tensor) -> Tensor:
-        view = view.to(self.device, non_blocking=True)
-        return view.contiguous(memory_format=torch.channels_last) if self.channels_last else view
+        return view.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
 
 def lightly_views(augment: Augment, size: int, normalize: dict[str, list[float]]) -> Callable[[Image.Image], object]:
