@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from hpcl.dist import World
 from hpcl.errors import UserError
 from hpcl.kmeans import bounded_kmeans, cluster_means, size_bounds, split_labels
 from hpcl.nearest import nearest_centroid_search
+from hpcl.search.machine import cpu_model
 
 TOLERANCE = 1 / 3
 COLD, WARM = 20, 4
@@ -299,9 +299,7 @@ def measure(options: argparse.Namespace) -> None:
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    print(
-        f"{datetime.date.today()}, {platform.machine()}, torch {torch.__version__}, faiss {faiss.__version__}, ", end=""
-    )
+    print(f"{datetime.date.today()}, {cpu_model()}, torch {torch.__version__}, faiss {faiss.__version__}, ", end="")
     print(f"{torch.get_num_threads()} threads{load}")
     if options.big:
         big(options.k, options.dim)

@@ -55,6 +55,7 @@ from hpcl.config import Config
 from hpcl.errors import UserError
 from hpcl.files import atomic_path, read_object
 from hpcl.methods import METHODS, reads
+from hpcl.search.machine import cpu_model
 from hpcl.stages import make_plan, total_epochs
 from hpcl.yamlio import Tree, assignment, did_you_mean, dump, parse, replaced, write
 
@@ -294,10 +295,8 @@ def machine(found: dict[str, list[Measured]]) -> str:
     import torch
 
     every = [each for runs in found.values() for each in runs if each["state"] != "untrained"]
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     parts = [
-        f"{named[1] if named else platform.machine()} with {os.cpu_count()} cores",
+        f"{cpu_model()} with {os.cpu_count()} cores",
         *{each["device"] for each in every if each["device"] != "cpu"},
         f"threads {'/'.join(map(str, sorted({each['threads'] for each in every})))}",
         f"load {min(each['load'] for each in every):.1f} to {max(each['load'] for each in every):.1f}",

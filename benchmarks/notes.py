@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +28,7 @@ from hpcl import presets
 from hpcl.config import Config
 from hpcl.errors import UserError
 from hpcl.files import read_object, write_text
+from hpcl.search.machine import cpu_model
 from hpcl.validation import validation_problems
 
 if TYPE_CHECKING:
@@ -178,16 +179,7 @@ def machine() -> str:
     """Processor, number of cores and versions."""
     import torch
 
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    cores = f"{len(names)} cores of an {names[0]}" if names else platform.processor() or platform.machine()
-    return f"{cores}, 1 thread, no GPU used, torch {torch.__version__}"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return f"{os.cpu_count()} cores of an {cpu_model()}, 1 thread, no GPU used, torch {torch.__version__}"
 
 
 def main() -> int:

@@ -30,14 +30,12 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -51,9 +49,11 @@ from hpcl.config import Config
 from hpcl.data import DeviceImages, ImageSet, load
 from hpcl.dist import World, choose_device
 from hpcl.errors import UserError
+from hpcl.heads import unit
 from hpcl.losses import Cosine, info_nce
-from hpcl.model import KeyQueue, MomentumPair, build_network, unit
+from hpcl.model import KeyQueue, MomentumPair, build_network
 from hpcl.rng import generator
+from hpcl.search.machine import cpu_model
 from hpcl.sections import Augment
 from hpcl.stages import make_plan
 from hpcl.step import Step
@@ -285,11 +285,7 @@ def ratio(name: str, over: Row, under: Row, aim: str, scale: float = 1.0, digits
 
 def machine(device: torch.device, options: argparse.Namespace) -> str:
     """One line: processor or GPU, versions, load."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
+    name = cpu_model()
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, {name}"
     versions = [f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchvision", "pillow", "lightly", "kornia")

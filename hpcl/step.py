@@ -76,17 +76,14 @@ class Step:
         Returns:
             (5,) float64 values as in :data:`hpcl.training_loss.SUMS`, on the device: no host sync.
         """
-        keys: list[Tensor] = []
-        if METHODS[self._config.method].has_queue:
+        views = self._views_with_keys
+        if views:
             self._pair.ema(self._config.moco.momentum, plan)
-            views = ((0, 1), (1, 0)) if self._symmetric else ((0, 1),)
-            keys = [self.keys(positions, plan, seed, key_view) for _, key_view in views]
-            pairs = [
-                (self._queries(net, positions, plan, seed, view), self._own(key))
-                for (view, _), key in zip(views, keys, strict=True)
-            ]
-        else:
-            pairs = [(self._queries(net, positions, plan, seed, 0), self._queries(net, positions, plan, seed, 1))]
+        keys = [self.keys(positions, plan, seed, key_view) for _, key_view in views]
+        pairs = [
+            (self._queries(net, positions, plan, seed, view), self._own(key))
+            for (view, _), key in zip(views, keys, strict=True)
+        ] or [(self._queries(net, positions, plan, seed, 0), self._queries(net, positions, plan, seed, 1))]
         on_device = positions.to(self._world.device, non_blocking=True)
         ids = [level.cluster_of_image[on_device] for level in levels]
         similarity = self._similarity(plan)
@@ -128,8 +125,7 @@ class Step:
         """
         if not self._images.prefetches:
             return
-        key_views = ((1, 0) if self._symmetric else (1,)) if METHODS[self._config.method].has_queue else ()
-        places = [self._key_places(len(positions), seed, view) for view in key_views]
+        places = [self._key_places(len(positions), seed, view) for _, view in self._views_with_keys]
         for place in (*places, torch.arange(len(positions))):
             self._images.prefetch(self._train_ids[positions[self._own(place)]])
 
@@ -141,8 +137,11 @@ class Step:
         return Cosine(self._config.moco.temperature)
 
     @property
-    def _symmetric(self) -> bool:
-        return self._config.moco.symmetric
+    def _views_with_keys(self) -> tuple[tuple[int, int], ...]:
+        """(view of the queries, view of their keys) of each pass; none where the negatives are the batch."""
+        if not METHODS[self._config.method].has_queue:
+            return ()
+        return ((0, 1), (1, 0)) if self._config.moco.symmetric else ((0, 1),)
 
     def _key_places(self, count: int, seed: int, view: int) -> Tensor:
         """(B,) order in which the keys of a view are encoded."""

@@ -286,6 +286,18 @@ def test_several_heads_learn_their_temperatures_where_the_head_is_in_use(tiny: C
     assert similarity.pairs(u, u).shape == (4, 4)
 
 
+def cut_after(epoch: int, config: Config, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run that was interrupted after an epoch and gone on with."""
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, folder, report=stop)
+    return fit(config, folder).rows
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "moco": {"head.kind": "multi", "optimizer.kind": "lars"},
     "pcl": {"clusters.features": "bank", "density.shrink": 0.5},
@@ -301,13 +313,7 @@ def test_a_method_trains_resumes_and_forks_to_the_same_table(tiny: Config, tmp_p
     assert whole[-1]["state"] == "finished" and not any(row.get("grew") for row in whole)
     assert all(row["clusters"] is None for row in whole) == (not METHODS[method].prototypes)
 
-    def stop(row: dict[str, Any]) -> None:
-        if row["epoch"] == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(config, tmp_path / "cut", report=stop)
-    assert timeless(fit(config, tmp_path / "cut").rows) == timeless(whole)
+    assert timeless(cut_after(3, config, tmp_path / "cut")) == timeless(whole)
     fit(config, tmp_path / "prefix", until_stage=1)
     forked = fit(config, tmp_path / "fork", fork=tmp_path / "prefix" / "checkpoint.pt").rows
     assert timeless([row | {"shared": False} for row in forked]) == timeless(whole)
@@ -345,11 +351,5 @@ def test_a_bank_holds_the_latest_keys_and_its_run_goes_on_as_unbroken(tiny: Conf
     whole = fit(config, tmp_path / "unbroken").rows
     assert timeless(whole)[:2] == timeless(rows)
 
-    def stop(row: dict[str, Any]) -> None:
-        if row["epoch"] == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(config, tmp_path / "cut", report=stop)
-    assert timeless(fit(config, tmp_path / "cut").rows) == timeless(whole)
+    assert timeless(cut_after(4, config, tmp_path / "cut")) == timeless(whole)
     assert timeless(whole)[3:] != timeless(fit(tiny, tmp_path / "forward").rows)[3:]

@@ -1,8 +1,9 @@
-"""CPUs and GPUs of this machine as Ray would count them, without ray or torch."""
+"""This machine: CPUs and GPUs as Ray would count them, and its processor's name; without ray or torch."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def local_node(assume_gpus: int | None = None, *, root: Path = Path("/")) -> Nod
     """
     gpus = _visible_gpus(root) if assume_gpus is None else assume_gpus
     return Node(cpus=float(_usable_cpus(root)), gpus=float(gpus))
+
+
+def cpu_model() -> str:
+    """The processor's name, or its kind where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _usable_cpus(root: Path) -> int:

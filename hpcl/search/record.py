@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hpcl
 from hpcl.files import read_object, write_text
+from hpcl.search.machine import cpu_model
 from hpcl.search.plan import Plan
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def hardware(nodes: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "ram_gb": round(_ram_bytes() / 1e9, 1),
         "gpus": _gpus(),
@@ -187,14 +188,6 @@ def hardware(nodes: list[dict[str, Any]]) -> dict[str, Any]:
             for node in nodes
         ],
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _ram_bytes() -> int:
