@@ -278,3 +278,12 @@ def test_the_labels_that_chose_are_those_of_the_images_that_were_looked_at(
     about = json.loads(path.read_text())
     path.write_text(json.dumps(about | {"objective": objective}))
     assert words in answer(load_search(tmp_path / "s")).labels
+
+
+def test_a_trial_whose_method_has_no_clusters_is_not_said_to_have_kept_them(tmp_path: Path) -> None:
+    found = a_search(tmp_path / "s", trials=6)
+    best = found.finished.sort_values("objective")["trial_id"].iloc[-1]
+    assert f"Trial {best} grew not at all." in render([found], galleries=False)
+    found.epochs.loc[found.epochs["trial_id"] == best, "clusters"] = np.nan
+    page = render([found], galleries=False)
+    assert f"Trial {best} has no clusters." in page and f"Trial {best} grew" not in page

@@ -192,7 +192,7 @@ def clusters(search: SearchResults, trial_ids: list[str]) -> Figure:
         counts, sizes, churn = axes[:, column]
         if rows.empty:
             for ax in axes[:, column]:
-                nothing(ax, f"trial {trial_id} has no clusters yet")
+                nothing(ax, f"trial {trial_id} has no clusters")
             continue
         x = rows["epoch"].to_numpy(dtype=np.float64)
         row = int(search.trials.index[search.trials["trial_id"] == trial_id][0])

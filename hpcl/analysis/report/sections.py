@@ -214,7 +214,13 @@ def _clusters(search: SearchResults) -> Section | None:
         return None
     grew = search.epochs[search.epochs["trial_id"].isin(ids) & search.epochs["grew"].fillna(False).astype(bool)]
     last = search.trials.set_index("trial_id")["epochs"]
-    texts = [f"Trial {trial} grew {_growths(grew[grew['trial_id'] == trial], int(last[trial]))}." for trial in ids]
+    clustered = set(search.epochs.loc[search.epochs["clusters"].notna(), "trial_id"])
+    texts = [
+        f"Trial {trial} grew {_growths(grew[grew['trial_id'] == trial], int(last[trial]))}."
+        if trial in clustered
+        else f"Trial {harmless(trial)} has no clusters."
+        for trial in ids
+    ]
     alt = f"Number, sizes and churn of the clusters of trials {', '.join(ids)} by epoch"
     return Section("clusters", "How did the clusters grow?", texts, [draw(curve_charts.clusters(search, ids), alt)])
 
